@@ -1,0 +1,44 @@
+# Everything a contributor types. "make" alone says what there is.
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+BIN := .venv/bin
+PROTOC := -I shoal/protos=protos --python_out=.types --mypy_out=quiet:.types shoal/protos/fleet.proto
+
+.PHONY: help demo test check protos bench clean
+
+help: ## show this
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+.venv/.run: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --disable-pip-version-check "torch>=2.6,<2.14" || $(BIN)/pip install -q torch==2.13.0
+	$(BIN)/pip install -q --disable-pip-version-check -e .
+	@touch $@
+
+.venv/.dev: .venv/.run
+	$(BIN)/pip install -q --disable-pip-version-check -e ".[dev]"
+	@touch $@
+
+demo: .venv/.run ## simulate 50 clients on real data, in about a minute
+	$(BIN)/shoal simulate examples/fashion.toml
+
+test: .venv/.dev ## run all tests
+	$(BIN)/pytest -q
+
+check: .venv/.dev ## lint, types, and whether the generated stubs are current
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/mypy tests examples benchmarks
+	$(MAKE) protos
+	git diff --exit-code protos/
+
+protos: .venv/.dev ## generate the stubs of protos/fleet.proto
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc $(PROTOC)
+
+bench: .venv/.dev ## measure a round beside the plain loop and flwr's simulation
+	$(BIN)/pip install -q --disable-pip-version-check -e ".[bench]"
+	$(BIN)/python benchmarks/simulation.py
+
+clean: ## remove the environment and everything generated
+	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache *.egg-info

@@ -1,0 +1,55 @@
+"""What local training is: declared, so that engines can vectorise it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Lt
+
+from shoal.protos.errors import ExperimentError
+
+__all__ = ["LocalTraining"]
+
+
+@dataclass(frozen=True)
+class LocalTraining:
+    """How a client trains: ``epochs`` passes over its shard (or ``steps`` optimizer steps) in batches.
+
+    ``loss`` and ``metrics`` are registered names, ``"module:function"`` or functions of (output, target): a loss
+    returns the batch mean, a metric one number an example. ``optimizer`` is ``"sgd"``, ``"adam"`` or ``"adamw"``
+    with PyTorch's rules, made anew for every task. In round r the learning rate is ``lr * lr_decay ** (r - 1)``.
+    ``clip`` bounds the norm of every batch gradient. ``batch_size=0`` takes the whole shard as one batch. Each epoch
+    shuffles anew; the last, smaller batch of an epoch is kept.
+    """
+
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    lr: Annotated[float, Gt(0)] = 0.1
+    batch_size: Annotated[int, Ge(0)] = 32
+    epochs: Annotated[int, Ge(1)] = 1
+    steps: Annotated[int, Ge(1)] | None = None
+    momentum: Annotated[float, Ge(0), Lt(1)] = 0.0
+    nesterov: bool = False
+    weight_decay: Annotated[float, Ge(0)] = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: Annotated[float, Gt(0)] = 1e-8
+    lr_decay: Annotated[float, Gt(0)] = 1.0
+    clip: Annotated[float, Gt(0)] | None = None
+    loss: str | Callable[..., Any] = "cross-entropy"
+    metrics: tuple[str | Callable[..., Any], ...] = ("accuracy",)
+
+    def __post_init__(self) -> None:
+        if self.momentum and self.optimizer != "sgd":
+            raise ExperimentError(f"local.momentum belongs to 'sgd', not to {self.optimizer!r}; set local.betas")
+        if self.nesterov and not self.momentum:
+            raise ExperimentError("local.nesterov needs local.momentum > 0")
+        for name in ("lr", "eps", "lr_decay"):
+            if not getattr(self, name) > 0:
+                raise ExperimentError(f"local.{name} is {getattr(self, name)}; it must be > 0")
+        if self.epochs < 1 or self.batch_size < 0 or (self.steps is not None and self.steps < 1):
+            raise ExperimentError("local.epochs and local.steps must be >= 1, local.batch_size >= 0")
+
+    def describe(self) -> dict[str, object]:
+        """The fields that differ from their defaults, as an experiment file would hold them."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}

@@ -1,0 +1,133 @@
+"""A PyTorch module whose trainable parameters are one flat vector.
+
+The module stays resident: a client's task copies the sent vector in, trains, and reads the difference out. No module,
+optimizer or state dict is built for a client.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from shoal.protos.errors import ExperimentError
+from shoal.protos.parameters import Entry, Layout, Parameters, Segment
+
+__all__ = ["Net", "layout_of", "load_parameters", "parameters_of", "to_numpy"]
+
+FLOATS = (torch.float32, torch.float64)
+
+
+def _segment(name: str, tensor: Tensor, trained: bool) -> Segment:
+    if tensor.is_complex():
+        raise ExperimentError(f"tensor {name!r} is complex; Shoal averages real numbers only")
+    if isinstance(tensor, nn.Parameter):
+        if not trained:
+            return Segment.FROZEN
+        if tensor.dtype not in FLOATS:
+            raise ExperimentError(f"parameter {name!r} is {tensor.dtype}; train in float32 (model.float()) or float64")
+        return Segment.TRAINABLE
+    return Segment.BUFFERS if tensor.is_floating_point() else Segment.COUNTERS
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Each tensor of the state once, in the state's order; tied tensors under their first name."""
+    first: dict[str, Tensor] = dict(module.named_parameters()) | dict(module.named_buffers())
+    return {name: first[name] for name in module.state_dict(keep_vars=True) if name in first}
+
+
+def layout_of(module: nn.Module) -> Layout:
+    """The module's layout: parameters that require a gradient are trainable, the others frozen."""
+    entries = []
+    for name, tensor in _tensors(module).items():
+        segment = _segment(name, tensor, tensor.requires_grad)
+        entries.append(Entry(name, segment, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)))
+    layout = Layout(tuple(entries))
+    if not layout.size(Segment.TRAINABLE):
+        raise ExperimentError("the model has no trainable parameters; set requires_grad on what clients shall train")
+    _ = layout.dtype  # raises where a model mixes float32 and float64
+    return layout
+
+
+def _gather(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
+    if not tensors:
+        return torch.zeros(0, dtype=dtype)
+    return torch.cat([tensor.detach().reshape(-1).to(dtype) for tensor in tensors])
+
+
+def parameters_of(module: nn.Module) -> Parameters[Tensor]:
+    """A copy of the module's values."""
+    layout, tensors = layout_of(module), _tensors(module)
+    dtype = getattr(torch, layout.dtype)
+
+    def values(segment: Segment, kind: torch.dtype) -> Tensor:
+        return _gather([tensors[e.name] for e in layout.of(segment)], kind)
+
+    frozen = {e.name: tensors[e.name].detach().clone() for e in layout.of(Segment.FROZEN)}
+    return Parameters(
+        layout,
+        values(Segment.TRAINABLE, dtype),
+        values(Segment.BUFFERS, dtype),
+        values(Segment.COUNTERS, torch.int64),
+        frozen=frozen,
+    )
+
+
+class Net:
+    """A resident module over the flat vector :attr:`flat` ``[P]``; :attr:`weights` are views of it."""
+
+    def __init__(self, module: nn.Module, device: str = "cpu") -> None:
+        self.module = module.to(device)
+        self.layout = layout_of(module)
+        self.flat = _gather([t for t in _tensors(module).values() if t.requires_grad], self.dtype).to(device)
+        self.weights = [tensor for tensor in _tensors(module).values() if tensor.requires_grad]
+        self._shapes = [tensor.shape for tensor in self.weights]
+        self._sizes = [tensor.numel() for tensor in self.weights]
+        for weight, view in zip(self.weights, self.split(self.flat), strict=True):
+            weight.data = view
+        self._homes = {segment: self._owners(segment) for segment in (Segment.BUFFERS, Segment.COUNTERS)}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return getattr(torch, self.layout.dtype)  # type: ignore[no-any-return]
+
+    def split(self, vector: Tensor) -> list[Tensor]:
+        """Views of a vector ``[P]`` in the shapes of :attr:`weights`."""
+        parts = torch.split(vector, self._sizes)
+        return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
+
+    def _owners(self, segment: Segment) -> list[tuple[nn.Module, str]]:
+        """Where each buffer hangs, not the tensor itself: a module may bind a new tensor to the name."""
+        paths = [entry.name.rpartition(".") for entry in self.layout.of(segment)]
+        return [(self.module.get_submodule(owner), name) for owner, _, name in paths]
+
+    def load(self, trainable: Tensor, buffers: Tensor | None = None, counters: Tensor | None = None) -> None:
+        """Copy values in; buffers and counters only where given."""
+        self.flat.copy_(trainable)
+        for segment, vector in ((Segment.BUFFERS, buffers), (Segment.COUNTERS, counters)):
+            homes = self._homes[segment]
+            if vector is None or not homes:
+                continue
+            sizes = [entry.size for entry in self.layout.of(segment)]
+            for (owner, name), part in zip(homes, torch.split(vector, sizes), strict=True):
+                buffer = getattr(owner, name)
+                buffer.copy_(part.view(buffer.shape))
+
+    def read(self, segment: Segment) -> Tensor | None:
+        """A copy of the buffers ``[B]`` or counters ``[C]``; None where the model has none."""
+        homes = self._homes[segment]
+        kind = torch.int64 if segment is Segment.COUNTERS else self.dtype
+        return _gather([getattr(owner, name) for owner, name in homes], kind) if homes else None
+
+
+def to_numpy(tensor: Tensor) -> np.ndarray:
+    """The tensor's memory as an array, copied only from another device."""
+    return tensor.detach().cpu().numpy()
+
+
+@torch.no_grad()
+def load_parameters(module: nn.Module, parameters: Parameters[Tensor]) -> None:
+    """Copy named values into a module of the same layout."""
+    here = _tensors(module)
+    for name, value in parameters.named().items():
+        here[name].copy_(value)

@@ -1,0 +1,117 @@
+"""The lean trainer: one client at a time on a resident net, at the cost of its forward and backward passes.
+
+The parameters are reset in place in the flat buffer, batches are slices of tensors in memory, gradients go
+straight into one fused update. It runs any model, and is the reference that every other engine must equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shoal.client.data import Shard
+from shoal.client.local import LocalTraining
+from shoal.client.losses import loss_named
+from shoal.client.net import Net
+from shoal.client.optimizers import optimizer_for
+from shoal.protos.parameters import Segment
+from shoal.strategies.base import Drift, Update
+
+__all__ = ["LeanTrainer", "batches"]
+
+
+def batches(shard: Shard, size: int, epochs: int, rng: np.random.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    """``epochs`` passes in batches of ``size`` (0: all at once), each pass in a new order, the last batch kept."""
+    for _ in range(epochs):
+        if size == 0 or size >= len(shard):
+            yield shard.x, shard.y
+            continue
+        order = torch.from_numpy(rng.permutation(len(shard)))
+        yield from zip(shard.x[order].split(size), shard.y[order].split(size), strict=True)
+
+
+class LeanTrainer:
+    """Trains one client ``[P]``; see :class:`shoal.strategies.base.Trainer`."""
+
+    def __init__(self, net: Net, local: LocalTraining, shard: Shard, rng: np.random.Generator, lr: float) -> None:
+        self._net, self._local, self._shard, self._rng, self._lr = net, local, shard, rng, lr
+        self._loss = loss_named(local.loss)
+
+    def run(self, start: Tensor, *, drift: Drift | None = None, epochs: int | None = None) -> Update:
+        net, local = self._net, self._local
+        net.module.train()
+        net.flat.copy_(start)
+        plain = local.optimizer == "sgd" and not (local.momentum or local.weight_decay or local.clip)
+        step = self._step_plain if plain else self._stepper()
+        steps, seen, losses = 0, 0, torch.zeros((), dtype=net.dtype, device=net.flat.device)
+        for x, y in self._batches(epochs):
+            loss = self._loss(net.module(x), y)
+            step(torch.autograd.grad(loss, net.weights, allow_unused=True, materialize_grads=True), drift)
+            losses += loss.detach() * len(x)
+            seen, steps = seen + len(x), steps + 1
+        return Update(
+            net.flat - start,
+            float(len(self._shard)),
+            steps,
+            steps * self._lr,
+            buffers=net.read(Segment.BUFFERS),
+            counters=net.read(Segment.COUNTERS),
+            metrics={"loss": losses.item() / seen},
+        )
+
+    def _batches(self, epochs: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+        local, size = self._local, self._local.batch_size
+        if epochs is None and local.steps is not None:
+            # Each pass yields at least one batch, so this many passes are always enough.
+            return islice(batches(self._shard, size, local.steps, self._rng), local.steps)
+        return batches(self._shard, size, local.epochs if epochs is None else epochs, self._rng)
+
+    def _step_plain(self, gradients: tuple[Tensor, ...], drift: Drift | None) -> None:
+        """w ← w − lr (g + drift), without gathering g into one vector."""
+        net = self._net
+        with torch.no_grad():
+            if drift is not None:
+                net.flat.add_(drift(net.flat) if callable(drift) else drift, alpha=-self._lr)
+            torch._foreach_add_(net.weights, gradients, alpha=-self._lr)
+
+    def _stepper(self) -> Callable[[tuple[Tensor, ...], Drift | None], None]:
+        optimizer, net, clip = optimizer_for(self._local), self._net, self._local.clip
+
+        def step(gradients: tuple[Tensor, ...], drift: Drift | None) -> None:
+            with torch.no_grad():
+                g = torch.cat([gradient.reshape(-1) for gradient in gradients])
+                if drift is not None:
+                    g.add_(drift(net.flat) if callable(drift) else drift)
+                if clip is not None:
+                    g.mul_(torch.clamp(clip / (g.norm() + 1e-6), max=1.0))
+                optimizer.step(net.flat, g, self._lr)
+
+        return step
+
+    def loss(self, at: Tensor) -> Tensor:
+        return self._whole(at, backward=False)
+
+    def gradient(self, at: Tensor) -> Tensor:
+        return self._whole(at, backward=True)
+
+    def _whole(self, at: Tensor, backward: bool) -> Tensor:
+        """Over the whole shard in chunks; the statistics that a forward pass moves are put back."""
+        net, shard = self._net, self._shard
+        buffers, counters = net.read(Segment.BUFFERS), net.read(Segment.COUNTERS)
+        net.module.train()
+        net.load(at)
+        total = torch.zeros_like(at) if backward else torch.zeros((), dtype=at.dtype)
+        for x, y in zip(shard.x.split(1024), shard.y.split(1024), strict=True):
+            with torch.set_grad_enabled(backward):
+                loss = self._loss(net.module(x), y)
+            if backward:
+                parts = torch.autograd.grad(loss, net.weights, allow_unused=True, materialize_grads=True)
+                total += torch.cat([part.reshape(-1) for part in parts]) * (len(x) / len(shard))
+            else:
+                total += loss.detach() * (len(x) / len(shard))
+        net.load(at, buffers, counters)
+        return total

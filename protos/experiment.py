@@ -1,0 +1,131 @@
+"""The experiment file: its schema, and its reading with overrides.
+
+The schema checks shape and numbers; what a component's own arguments mean is checked where the component is built
+(:func:`shoal.protos.registry.build`). Every error names the dotted key.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Le
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from shoal.protos.errors import ExperimentError, nearest
+
+__all__ = ["Component", "Evaluation", "ExperimentFile", "parse", "read"]
+
+
+class Component(BaseModel):
+    """A named part with its arguments beside it: ``{ name = "fedprox", mu = 0.01 }``, or just ``"fedprox"``."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Everything but the name."""
+        return dict(self.model_extra or {})
+
+
+class Evaluation(BaseModel):
+    """How often, in rounds, 0 for never; what is on also runs after the last round."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    every: Annotated[int, Ge(0)] = 1
+    clients_every: Annotated[int, Ge(0)] = 0
+
+
+class ExperimentFile(BaseModel):
+    """An experiment as it is written. One file serves simulation, deployment and comparison."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    name: str = "run"
+    rounds: Annotated[int, Ge(1)]
+    cohort: Annotated[int, Ge(1)]
+    seed: Annotated[int, Ge(0)] = 0
+    data: Component
+    model: Component
+    local: dict[str, Any] = Field(default_factory=dict)
+    strategy: Component = Component(name="fedavg")
+    selector: Component = Component(name="uniform")
+    client: Component | None = None
+    evaluation: Evaluation = Evaluation()
+    target: dict[str, float] = Field(default_factory=dict)
+    quorum: Annotated[float, Gt(0), Le(1)] = 1.0
+    over_select: Annotated[float, Ge(1)] = 1.0
+    deadline: Annotated[float, Gt(0)] | None = None
+    checkpoint_every: Annotated[int, Ge(0)] = 10
+    dtype: Literal["float32", "float64"] = "float32"
+    device: str = "cpu"
+
+
+def read(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentFile:
+    """Read a TOML file and apply ``key=value`` overrides, dotted as in the file (``strategy.mu=0.1``)."""
+    path = Path(path)
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ExperimentError(f"there is no experiment file {str(path)!r}; give the path of a .toml file") from error
+    except IsADirectoryError as error:
+        raise ExperimentError(f"{str(path)!r} is a folder; give the path of a .toml file in it") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ExperimentError(f"{str(path)!r} cannot be read: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ExperimentError(f"{str(path)!r} is not valid TOML: {error}") from error
+    for override in overrides:
+        _apply(content, override)
+    return parse(content)
+
+
+def parse(content: Mapping[str, Any]) -> ExperimentFile:
+    """Validate; the first error is raised with its dotted key and, for an unknown key, the nearest known one."""
+    try:
+        return ExperimentFile.model_validate(content)
+    except ValidationError as error:
+        raise ExperimentError(_explain(error)) from None
+
+
+def _explain(error: ValidationError) -> str:
+    # An unknown key often is the reason why a needed one is missing: name it first.
+    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = Evaluation.model_fields if first["loc"][0] == "evaluation" else ExperimentFile.model_fields
+        return f"unknown key {key!r}{nearest(str(first['loc'][-1]), known)}"
+    if first["type"] == "missing":
+        return f"key {key!r} is missing; the experiment file must set it"
+    message = first["msg"]
+    return f"key {key!r} is {first['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _apply(content: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    steps = key.strip().split(".")
+    if not equals or not all(steps):
+        raise ExperimentError(f"override {override!r} is not of the form key=value, for example strategy.mu=0.1")
+    table = content
+    for step in steps[:-1]:
+        inner = table.setdefault(step, {})
+        # strategy = "fedavg" in the file, strategy.mu=0.1 here: the short form stands for {name = "fedavg"}.
+        table[step] = {"name": inner} if isinstance(inner, str) else inner
+        if not isinstance(table[step], dict):
+            raise ExperimentError(f"override {override!r}: {step!r} is {inner!r}, not a table")
+        table = table[step]
+    table[steps[-1]] = _value(text.strip())
+
+
+def _value(text: str) -> Any:
+    """A TOML value; what is none is a string, so that names need no quotes."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text

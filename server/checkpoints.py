@@ -1,0 +1,134 @@
+"""Checkpoints: the server's value after a round, as safetensors and JSON.
+
+A checkpoint is a folder ``round-00012`` that appears whole or not at all (written aside, synced, renamed). A damaged
+one is passed over for the one before it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.numpy import load, save
+from torch import Tensor
+
+from shoal.protos.errors import RunError
+from shoal.protos.parameters import Entry, Layout, Parameters, Segment
+from shoal.strategies.base import Mine, State, vector
+from shoal.strategies.sums import Carried
+
+__all__ = ["Checkpoint", "latest", "write"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Everything a run needs to go on after ``round``, bit for bit."""
+
+    round: int
+    state: State
+    carried: Carried
+    layout: Layout
+    frozen: Mapping[str, Tensor] = field(default_factory=dict)
+    selector: Mapping[str, Any] = field(default_factory=dict)
+    clients: Mapping[str, Mine] = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> Parameters[Tensor]:
+        """The global model."""
+        buffers, counters = self.carried.buffers, self.carried.counters
+        return Parameters(self.layout, vector(self.state, "parameters"), buffers, counters, frozen=self.frozen)
+
+
+def write(folder: Path, checkpoint: Checkpoint, keep: int = 2) -> None:
+    """Write a checkpoint and drop all but the newest ``keep``."""
+    final, aside = folder / f"round-{checkpoint.round:05d}", folder / f".round-{checkpoint.round:05d}"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    tensors, numbers = _flatten(checkpoint)
+    payload = save({name: tensor.cpu().contiguous().numpy() for name, tensor in tensors.items()})
+    numbers["sha256"] = hashlib.sha256(payload).hexdigest()
+    _write_synced(aside / "tensors.safetensors", payload)
+    _write_synced(aside / "state.json", json.dumps(numbers).encode())
+    shutil.rmtree(final, ignore_errors=True)
+    aside.rename(final)
+    _sync_folder(folder)
+    for old in sorted(folder.glob("round-*"))[:-keep]:
+        shutil.rmtree(old)
+
+
+def latest(folder: Path) -> Checkpoint | None:
+    """The newest undamaged checkpoint; None if there is none; RunError if there are only damaged ones."""
+    damaged = []
+    for path in sorted(folder.glob("round-*"), reverse=True):
+        try:
+            return _read(path)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            damaged.append(f"{path.name}: {error}")
+    if damaged:
+        raise RunError(f"no checkpoint in {folder} can be read ({'; '.join(damaged)}); start the run anew")
+    return None
+
+
+def _flatten(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors under JSON-array names (client names hold any character), everything else as JSON."""
+    tensors = {_key("carried", "buffers"): checkpoint.carried.buffers}
+    tensors[_key("carried", "counters")] = checkpoint.carried.counters
+    numbers: dict[str, Any] = {"round": checkpoint.round, "selector": checkpoint.selector, "state": {}}
+    numbers["layout"] = [[e.name, e.segment, e.dtype, list(e.shape)] for e in checkpoint.layout.entries]
+    for name, value in checkpoint.state.items():
+        if isinstance(value, Tensor):
+            tensors[_key("state", name)] = value
+        else:
+            numbers["state"][name] = value
+    for name, tensor in checkpoint.frozen.items():
+        tensors[_key("frozen", name)] = tensor
+    for client, mine in checkpoint.clients.items():
+        for name, tensor in mine.items():
+            tensors[_key("clients", client, name)] = tensor
+    return tensors, numbers
+
+
+def _read(path: Path) -> Checkpoint:
+    numbers = json.loads((path / "state.json").read_bytes())
+    payload = (path / "tensors.safetensors").read_bytes()
+    if hashlib.sha256(payload).hexdigest() != numbers["sha256"]:
+        raise ValueError("tensors.safetensors does not match its checksum")
+    found: dict[str, Any] = {"state": dict(numbers["state"]), "frozen": {}, "clients": {}, "carried": {}}
+    for key, array in load(payload).items():
+        *path_to, name = json.loads(key)
+        group = found
+        for step in path_to:
+            group = group.setdefault(step, {})
+        group[name] = torch.from_numpy(array)
+    layout = Layout(tuple(Entry(n, Segment(s), d, tuple(shape)) for n, s, d, shape in numbers["layout"]))
+    carried = Carried(found["carried"]["buffers"], found["carried"]["counters"])
+    return Checkpoint(
+        numbers["round"], found["state"], carried, layout, found["frozen"], numbers["selector"], found["clients"]
+    )
+
+
+def _key(*path: str) -> str:
+    return json.dumps(path)
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "posix":  # elsewhere a folder cannot be opened for syncing
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,259 @@
+"""The coordinator: the one loop of rounds, over any fleet.
+
+A round is select → ask → sum → finish → evaluate → record. The server's state is a value: a round that is abandoned
+half way leaves the value of the round before it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import fmean
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from shoal.protos import seeds
+from shoal.protos.errors import RoundError
+from shoal.protos.messages import Failure
+from shoal.protos.parameters import Parameters, Segment
+from shoal.server.checkpoints import Checkpoint
+from shoal.server.fleet import Ask, Fleet, Report
+from shoal.strategies.base import Context, Strategy, vector
+from shoal.strategies.selectors import Selector
+from shoal.strategies.sums import Carried, LeafSum, carry
+
+__all__ = ["Coordinator", "Observer", "Plan", "Round", "start"]
+
+Evaluate = Callable[[Parameters[Tensor]], Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How rounds are run.
+
+    ``cohort`` updates make a round; ``over_select`` ≥ 1 asks more clients and counts the first; a round
+    stands with ``quorum`` (a share of the cohort) of them; ``deadline`` is in seconds. ``evaluate_every`` and
+    ``evaluate_clients_every`` count rounds, 0 means never; the last round is always evaluated by what is on.
+    """
+
+    rounds: int
+    cohort: int
+    seed: int = 0
+    quorum: float = 1.0
+    over_select: float = 1.0
+    deadline: float | None = None
+    evaluate_every: int = 1
+    evaluate_clients_every: int = 0
+    checkpoint_every: int = 10
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one round leaves behind. ``numbers`` is its line of metrics."""
+
+    number: int
+    numbers: Mapping[str, float]
+    reports: Sequence[Report] = field(default_factory=tuple)
+    failures: Sequence[Failure] = field(default_factory=tuple)
+    evaluations: Sequence[Report] = field(default_factory=tuple)
+
+
+class Observer(Protocol):
+    """Told of everything that happens; a run folder and a progress display are observers."""
+
+    def on_round(self, round: Round) -> None:
+        """After each round, and once as round 0 for the evaluation of the initial model."""
+        ...
+
+    def on_failure(self, failure: Failure) -> None:
+        """As soon as a client fails."""
+        ...
+
+    def on_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """When the state is to be kept."""
+        ...
+
+
+def start(strategy: Strategy, selector: Selector, initial: Parameters[Tensor]) -> Checkpoint:
+    """The value before the first round."""
+    return Checkpoint(
+        round=0,
+        state=strategy.init(initial.trainable),
+        carried=Carried(initial.buffers, initial.counters),
+        layout=initial.layout,
+        frozen=initial.frozen,
+        selector=selector.init(),
+    )
+
+
+class Coordinator:
+    """Runs a plan from a checkpoint on. :attr:`point` is always the value after the last whole round."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        strategy: Strategy,
+        selector: Selector,
+        fleet: Fleet,
+        point: Checkpoint,
+        evaluate: Evaluate | None = None,
+        observers: Sequence[Observer] = (),
+    ) -> None:
+        self.plan, self.point = plan, point
+        self._strategy, self._selector, self._fleet = strategy, selector, fleet
+        self._evaluate, self._observers = evaluate, observers
+        self.stopping = False
+        self.committing = False  # while set, an interrupt must wait: point and client states change together
+        fleet.restore(point.clients)
+
+    def stop(self) -> None:
+        """Ask the run to end after the round in progress; safe in a signal handler."""
+        self.stopping = True
+
+    def run(self) -> Checkpoint:
+        """Run to the plan's last round, or to :meth:`stop`; the state is kept whatever ends the run."""
+        try:
+            if self.point.round == 0 and self._evaluate is not None and self.plan.evaluate_every:
+                self._tell(Round(0, self._evaluation(self._evaluate, self.point)))
+            while self.point.round < self.plan.rounds and not self.stopping:
+                self._round(self.point.round + 1)
+        finally:
+            self._keep()
+        return self.point
+
+    def _round(self, number: int) -> None:
+        began = time.perf_counter()
+        plan, before = self.plan, self.point
+        ask = self._ask(number)
+        total, reports, failures = LeafSum(), list[Report](), list[Failure]()
+        for part in self._fleet.train(ask):
+            if part.total is not None:
+                total.add(part.position, part.total)
+            reports += part.reports
+            failures += part.failures
+            for failure in part.failures:
+                self._report_failure(failure)
+        trained = time.perf_counter()
+        summed = total.total()
+        needed = max(1, math.ceil(plan.quorum * ask.goal - 1e-9))
+        if summed is None or summed.counted < needed:
+            raise _too_few(number, ask, summed.counted if summed else 0, needed, failures)
+        state = self._strategy.finish(before.state, summed.terms, replace(ask.context, counted=summed.counted))
+        _check_finite(vector(state, "parameters"), before, number)
+        selector = self._selector.observe(before.selector, {r.client: r.numbers for r in reports})
+        carried = carry(before.carried, summed)
+        after = replace(before, round=number, state=state, carried=carried, selector=selector)
+        numbers, evaluations = self._evaluations(number, ask, after)
+        numbers = _numbers(number, ask, reports, failures) | numbers
+        numbers |= {"train_seconds": trained - began, "seconds": time.perf_counter() - began}
+        self.committing = True
+        self._fleet.settle([report.client for report in reports])
+        self.point = after
+        self._tell(Round(number, numbers, reports, failures, evaluations))
+        self.committing = False
+        if plan.checkpoint_every and number % plan.checkpoint_every == 0 and number < plan.rounds:
+            self._keep()
+
+    def _ask(self, number: int) -> Ask:
+        plan, population = self.plan, self._fleet.population
+        asked = min(len(population), math.ceil(plan.cohort * plan.over_select))
+        rng = seeds.stream(plan.seed, "cohort", number)
+        cohort = self._selector.select(self.point.selector, population, asked, number, rng)
+        context = Context(number, len(population), len(cohort))
+        return Ask(cohort, plan.cohort, self.point.state, self.point.carried, context, plan.deadline)
+
+    def _evaluations(self, number: int, ask: Ask, point: Checkpoint) -> tuple[dict[str, float], list[Report]]:
+        plan, numbers, evaluations = self.plan, dict[str, float](), list[Report]()
+        if self._evaluate is not None and _due(number, plan.evaluate_every, plan.rounds):
+            numbers |= self._evaluation(self._evaluate, point)
+        if _due(number, plan.evaluate_clients_every, plan.rounds):
+            everyone = self._fleet.population
+            ask = replace(ask, cohort=everyone, goal=len(everyone), state=point.state, carried=point.carried)
+            for answer in self._fleet.evaluate(ask):
+                if isinstance(answer, Failure):
+                    self._report_failure(answer)
+                else:
+                    evaluations.append(answer)
+            numbers |= _spread(evaluations)
+        return numbers, evaluations
+
+    @staticmethod
+    def _evaluation(evaluate: Evaluate, point: Checkpoint) -> dict[str, float]:
+        return {f"test_{name}": value for name, value in evaluate(point.parameters).items() if name != "examples"}
+
+    def _report_failure(self, failure: Failure) -> None:
+        self._each(lambda observer: observer.on_failure(failure))
+
+    def _tell(self, round: Round) -> None:
+        self._each(lambda observer: observer.on_round(round))
+
+    def _keep(self) -> None:
+        self.point = replace(self.point, clients=self._fleet.snapshot())
+        self._each(lambda observer: observer.on_checkpoint(self.point))
+
+    def _each(self, call: Callable[[Observer], Any]) -> None:
+        for observer in self._observers:
+            call(observer)
+
+
+def _due(number: int, every: int, rounds: int) -> bool:
+    return bool(every) and (number % every == 0 or number == rounds)
+
+
+def _too_few(number: int, ask: Ask, counted: int, needed: int, failures: Sequence[Failure]) -> RoundError:
+    first = f"; first failure: {failures[0].reason}" if failures else ""
+    return RoundError(
+        f"round {number} has {counted} of {len(ask.cohort)} updates and needs {needed}{first}"
+        f" (lower quorum to go on without the clients that fail)"
+    )
+
+
+def _check_finite(parameters: Tensor, before: Checkpoint, number: int) -> None:
+    finite = torch.isfinite(parameters)
+    if not finite.all():
+        name = before.layout.locate(Segment.TRAINABLE, int((~finite).nonzero()[0]))
+        raise RoundError(
+            f"the server's model is not finite after round {number} (tensor {name!r}); "
+            f"lower strategy.server_lr or local.lr"
+        )
+
+
+def _numbers(number: int, ask: Ask, reports: Sequence[Report], failures: Sequence[Failure]) -> dict[str, float]:
+    """The round's line: who took part, means of the clients' metrics weighted by examples, bytes as on a wire."""
+    examples = sum(report.numbers["examples"] for report in reports)
+    line: dict[str, float] = {
+        "asked": len(ask.cohort),
+        "counted": len(reports),
+        "failed": len(failures),
+        "examples": examples,
+        "steps": sum(report.numbers["steps"] for report in reports),
+        "bytes_down": sum(report.numbers["bytes_down"] for report in reports),
+        "bytes_up": sum(report.numbers["bytes_up"] for report in reports),
+    }
+    means = {name for report in reports for name in report.numbers} - {*line, "lr_sum"}
+    for name in sorted(means):
+        having = [r for r in reports if name in r.numbers]
+        weight = sum(r.numbers["examples"] for r in having)
+        if weight > 0:
+            line[f"train_{name}"] = sum(r.numbers[name] * r.numbers["examples"] for r in having) / weight
+    return line
+
+
+def _spread(evaluations: Sequence[Report]) -> dict[str, float]:
+    """Over clients: the uniform mean, the mean weighted by examples, the lowest and the highest."""
+    line: dict[str, float] = {}
+    if not evaluations:
+        return line
+    weights = [report.numbers["examples"] for report in evaluations]
+    for name in evaluations[0].numbers:
+        if name == "examples":
+            continue
+        values = [report.numbers[name] for report in evaluations]
+        line[f"clients_{name}"] = fmean(values)
+        line[f"clients_{name}_weighted"] = fmean(values, weights)
+        line[f"clients_{name}_min"], line[f"clients_{name}_max"] = min(values), max(values)
+    return line

@@ -1,0 +1,86 @@
+"""A fleet: where clients live. The coordinator asks, the fleet answers as results come.
+
+There is one interface for clients simulated in this process, in worker processes and behind gRPC.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from shoal.protos.messages import Failure
+from shoal.strategies.base import Context, Mine, State
+from shoal.strategies.sums import Carried, Contribution
+
+__all__ = ["Ask", "Fleet", "Part", "Report"]
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One round's request. Positions in ``cohort`` fix the order of the sum.
+
+    ``goal`` is how many updates the round needs: a fleet may stop there and withdraw the others. ``deadline`` is in
+    seconds from the start; who has not answered by then has failed.
+    """
+
+    cohort: Sequence[str]
+    goal: int
+    state: State
+    carried: Carried
+    context: Context
+    deadline: float | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What is kept of one client's answer besides the sum: plain numbers."""
+
+    client: str
+    numbers: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Answers from ``position`` of the cohort on: one client's, or those of a whole leaf with their sum.
+
+    ``total`` is None where nobody succeeded.
+    """
+
+    position: int
+    total: Contribution | None
+    reports: Sequence[Report] = field(default_factory=tuple)
+    failures: Sequence[Failure] = field(default_factory=tuple)
+
+
+class Fleet(Protocol):
+    """Implementations own their clients' state (``mine``), staged until :meth:`settle`."""
+
+    @property
+    def population(self) -> Sequence[str]:
+        """All clients known, in a fixed order."""
+        ...
+
+    def train(self, ask: Ask) -> Iterator[Part]:
+        """Every client of the cohort is reported or failed exactly once, unless the goal was reached before."""
+        ...
+
+    def settle(self, counted: Collection[str]) -> None:
+        """The receipt: the staged state of counted clients takes effect, that of others is dropped."""
+        ...
+
+    def evaluate(self, ask: Ask) -> Iterator[Report | Failure]:
+        """Each client's own model on its own held-out examples."""
+        ...
+
+    def snapshot(self) -> Mapping[str, Mine]:
+        """The settled client states that a checkpoint must hold; empty where clients keep their own."""
+        ...
+
+    def restore(self, states: Mapping[str, Mine]) -> None:
+        """The inverse of :meth:`snapshot`."""
+        ...
+
+    def close(self) -> None:
+        """Release processes, memory and connections; may be called twice."""
+        ...

@@ -1,0 +1,167 @@
+"""The run folder ``runs/0007-name/``: what a run keeps, the same for simulation and deployment.
+
+=================  =====================================================================================
+experiment.toml    the experiment as it ran, every default written out; run it again with ``shoal simulate``
+env.json           versions, machine, command line, engine
+metrics.jsonl      a line a round; round 0 is the initial model
+clients.jsonl      a line a round, by columns: who took part, with what numbers; who failed, why
+checkpoints/       the newest two states (safetensors and JSON)
+summary.json       status and last numbers
+log.jsonl          events with their time
+=================  =====================================================================================
+
+Lines are appended and flushed; a run that is resumed drops the lines of rounds after its checkpoint and goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from shoal.protos.errors import RunError
+from shoal.protos.messages import Failure
+from shoal.server import checkpoints
+from shoal.server.checkpoints import Checkpoint
+from shoal.server.coordinator import Round
+from shoal.server.fleet import Report
+
+__all__ = ["RunFolder", "list_runs"]
+
+NUMBERED = re.compile(r"(\d{4,})-")
+
+
+class RunFolder:
+    """One run's folder; an :class:`~shoal.server.coordinator.Observer` that writes what happens."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._files: dict[str, IO[str]] = {}
+
+    @classmethod
+    def create(cls, root: Path, name: str) -> RunFolder:
+        """A new folder with the next number; safe when several runs start at once."""
+        root.mkdir(parents=True, exist_ok=True)
+        slug = re.sub(r"[^\w.-]+", "-", name).strip("-.") or "run"
+        while True:
+            taken = [int(m[1]) for p in root.iterdir() if (m := NUMBERED.match(p.name))]
+            path = root / f"{max(taken, default=0) + 1:04d}-{slug}"
+            try:
+                path.mkdir()
+            except FileExistsError:
+                continue
+            return cls(path)
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """An existing run; ``runs/7`` and ``runs/0007`` find ``runs/0007-name``."""
+        if (path / "experiment.toml").is_file():
+            return cls(path)
+        if path.name.isdigit() and path.parent.is_dir():
+            for candidate in path.parent.iterdir():
+                match = NUMBERED.match(candidate.name)
+                if match and int(match[1]) == int(path.name):
+                    return cls(candidate)
+        raise RunError(f"there is no run at {str(path)!r}; 'shoal runs' lists those there are")
+
+    # --- writing -----------------------------------------------------------------------------------------------------
+
+    def write(self, name: str, content: str | Mapping[str, Any]) -> None:
+        """A whole file, replaced at once."""
+        text = content if isinstance(content, str) else json.dumps(_plain(content), indent=2) + "\n"
+        aside = self.path / f".{name}"
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(self.path / name)
+
+    def on_round(self, round: Round) -> None:
+        self._append("metrics.jsonl", {"round": round.number, **round.numbers})
+        if round.reports or round.failures:
+            failed = [{"client": f.client, "reason": f.reason} for f in round.failures]
+            line = {"round": round.number, "kind": "train", **_columns(round.reports)}
+            self._append("clients.jsonl", line | ({"failed": failed} if failed else {}))
+        if round.evaluations:
+            self._append("clients.jsonl", {"round": round.number, "kind": "evaluate", **_columns(round.evaluations)})
+
+    def on_failure(self, failure: Failure) -> None:
+        event = {"client": failure.client, "round": failure.round, "reason": failure.reason}
+        self.log("client failed", **event, **({"traceback": failure.traceback} if failure.traceback else {}))
+
+    def on_checkpoint(self, checkpoint: Checkpoint) -> None:
+        checkpoints.write(self.path / "checkpoints", checkpoint)
+
+    def log(self, event: str, **fields: object) -> None:
+        """One event with the time of day (UTC)."""
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        self._append("log.jsonl", {"time": now, "event": event, **fields})
+
+    def _append(self, name: str, line: Mapping[str, Any]) -> None:
+        if name not in self._files:
+            self._files[name] = (self.path / name).open("a", encoding="utf-8")
+        self._files[name].write(json.dumps(_plain(line)) + "\n")
+        self._files[name].flush()
+
+    def close(self) -> None:
+        for file in self._files.values():
+            os.fsync(file.fileno())
+            file.close()
+        self._files.clear()
+
+    # --- reading -----------------------------------------------------------------------------------------------------
+
+    def lines(self, name: str) -> Iterator[dict[str, Any]]:
+        """The whole lines of a JSONL file; a line torn by a crash is left out."""
+        path = self.path / name
+        if not path.exists():
+            return
+        with path.open(encoding="utf-8") as file:
+            for line in file:
+                if line.endswith("\n"):
+                    yield json.loads(line)
+
+    def read(self, name: str) -> dict[str, Any]:
+        """A JSON file; RunError if it is missing or damaged."""
+        try:
+            return dict(json.loads((self.path / name).read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise RunError(f"{self.path / name} cannot be read ({error}); the run folder is incomplete") from error
+
+    def latest(self) -> Checkpoint | None:
+        """The newest undamaged checkpoint."""
+        return checkpoints.latest(self.path / "checkpoints")
+
+    def rewind(self, round: int) -> None:
+        """Drop the lines of later rounds, which a resumed run writes again."""
+        for name in ("metrics.jsonl", "clients.jsonl"):
+            if (self.path / name).exists():
+                kept = [line for line in self.lines(name) if line["round"] <= round]
+                self.write(name, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def list_runs(root: Path) -> list[RunFolder]:
+    """All run folders below ``root``, oldest first."""
+    if not root.is_dir():
+        return []
+    return [RunFolder(path) for path in sorted(root.iterdir()) if (path / "experiment.toml").is_file()]
+
+
+def _columns(reports: Sequence[Report]) -> dict[str, list[Any]]:
+    """Reports as columns: one list a name, in the cohort's order; None where a client has no such number."""
+    names = dict.fromkeys(name for report in reports for name in report.numbers)
+    columns = {name: [report.numbers.get(name) for report in reports] for name in names}
+    return {"client": [report.client for report in reports], **columns}
+
+
+def _plain(value: Any) -> Any:
+    """The value as strict JSON: whole floats as integers, NaN and infinities as null."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return int(value) if value.is_integer() and abs(value) < 2**53 else value if math.isfinite(value) else None
+    return value

@@ -1,0 +1,100 @@
+"""Shoal: federated learning for PyTorch. Simulate many clients, deploy them, compare strategies.
+
+Everything here is imported on first use, so ``import shoal`` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from shoal.client.client import Client as Client
+    from shoal.client.client import Work as Work
+    from shoal.client.local import LocalTraining as LocalTraining
+    from shoal.experiment import Experiment as Experiment
+    from shoal.protos.errors import ShoalError as ShoalError
+    from shoal.run import Run as Run
+    from shoal.simulate import resume as resume
+    from shoal.simulations import datasets as datasets
+    from shoal.simulations.partitioners import Dirichlet as Dirichlet
+    from shoal.simulations.partitioners import DirichletMix as DirichletMix
+    from shoal.simulations.partitioners import Iid as Iid
+    from shoal.simulations.partitioners import Natural as Natural
+    from shoal.simulations.partitioners import QuantitySkew as QuantitySkew
+    from shoal.simulations.partitioners import Shards as Shards
+    from shoal.strategies.base import Strategy as Strategy
+    from shoal.strategies.fedadagrad import FedAdagrad as FedAdagrad
+    from shoal.strategies.fedadam import FedAdam as FedAdam
+    from shoal.strategies.fedavg import FedAvg as FedAvg
+    from shoal.strategies.fedavgm import FedAvgM as FedAvgM
+    from shoal.strategies.fedprox import FedProx as FedProx
+    from shoal.strategies.fedyogi import FedYogi as FedYogi
+    from shoal.strategies.scaffold import Scaffold as Scaffold
+    from shoal.strategies.selectors import Uniform as Uniform
+
+_HOMES = {
+    "Client": "shoal.client.client",
+    "Dirichlet": "shoal.simulations.partitioners",
+    "DirichletMix": "shoal.simulations.partitioners",
+    "Experiment": "shoal.experiment",
+    "FedAdagrad": "shoal.strategies.fedadagrad",
+    "FedAdam": "shoal.strategies.fedadam",
+    "FedAvg": "shoal.strategies.fedavg",
+    "FedAvgM": "shoal.strategies.fedavgm",
+    "FedProx": "shoal.strategies.fedprox",
+    "FedYogi": "shoal.strategies.fedyogi",
+    "Iid": "shoal.simulations.partitioners",
+    "LocalTraining": "shoal.client.local",
+    "Natural": "shoal.simulations.partitioners",
+    "QuantitySkew": "shoal.simulations.partitioners",
+    "Run": "shoal.run",
+    "Scaffold": "shoal.strategies.scaffold",
+    "Shards": "shoal.simulations.partitioners",
+    "ShoalError": "shoal.protos.errors",
+    "Strategy": "shoal.strategies.base",
+    "Uniform": "shoal.strategies.selectors",
+    "Work": "shoal.client.client",
+    "resume": "shoal.simulate",
+}
+
+__all__ = [
+    "Client",
+    "Dirichlet",
+    "DirichletMix",
+    "Experiment",
+    "FedAdagrad",
+    "FedAdam",
+    "FedAvg",
+    "FedAvgM",
+    "FedProx",
+    "FedYogi",
+    "Iid",
+    "LocalTraining",
+    "Natural",
+    "QuantitySkew",
+    "Run",
+    "Scaffold",
+    "Shards",
+    "ShoalError",
+    "Strategy",
+    "Uniform",
+    "Work",
+    "datasets",
+    "resume",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name == "datasets":
+        return import_module("shoal.simulations.datasets")
+    if name == "__version__":
+        return version("shoal")
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'shoal' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

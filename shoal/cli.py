@@ -1,0 +1,137 @@
+"""The command line. Heavy imports stand in the commands that use them: ``shoal --help`` must answer at once."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Federated learning for PyTorch: simulate many clients, deploy them, compare strategies.",
+)
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes, dotted as in the file: strategy.mu=0.1")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="JSON lines for programs.")]
+Out = Annotated[Path, typer.Option("--out", help="Where run folders are made.")]
+
+
+@app.command()
+def simulate(
+    experiment: Annotated[Path, typer.Argument(help="An experiment file (TOML).")],
+    overrides: Overrides = None,
+    engine: Annotated[str, typer.Option(help="auto or lean.")] = "auto",
+    workers: Annotated[int | None, typer.Option(help="Worker processes; 0: in this one. [default: one a core]")] = None,
+    out: Out = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """Run an experiment with simulated clients."""
+    from shoal.experiment import Experiment
+
+    loaded = Experiment.from_file(experiment, overrides or [])
+    run = loaded.simulate(engine=engine, workers=workers, out=out, progress="json" if as_json else "auto")
+    raise typer.Exit(0 if run.status == "finished" else 130)
+
+
+@app.command()
+def resume(
+    run: Annotated[Path, typer.Argument(help="A run folder, or runs/7 for runs/0007-name.")],
+    rounds: Annotated[int | None, typer.Option(help="Make the run longer.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Go on with an interrupted run, to the same bits."""
+    from shoal.simulate import resume as go_on
+
+    done = go_on(run, rounds=rounds, progress="json" if as_json else "auto")
+    raise typer.Exit(0 if done.status == "finished" else 130)
+
+
+@app.command()
+def runs(out: Out = Path("runs"), as_json: AsJson = False) -> None:
+    """List the runs there are."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from shoal.protos.errors import RunError
+    from shoal.server.runs import list_runs
+
+    rows = []
+    for folder in list_runs(out):
+        try:
+            summary = folder.read("summary.json")
+        except RunError:
+            summary = {"status": "unreadable"}
+        rows.append({"run": str(folder.path), **summary})
+    if as_json:
+        for row in rows:
+            print(json.dumps(row))
+        return
+    table = Table("run", "status", "rounds", "last", box=None, padding=(0, 2), show_edge=False)
+    for row in rows:
+        last = "  ".join(f"{k.removeprefix('test_')} {v:.4f}" for k, v in row.get("last", {}).items() if "test_" in k)
+        table.add_row(row["run"], row["status"], str(row.get("rounds", "")), last)
+    Console(soft_wrap=True).print(table if rows else f"there are no runs in {out}; make one with 'shoal simulate'")
+
+
+@app.command()
+def strategies(as_json: AsJson = False) -> None:
+    """List the strategies with their hyper-parameters and sources."""
+    import dataclasses
+    import inspect
+
+    from rich.console import Console
+    from rich.markup import escape
+
+    from shoal.protos import registry
+
+    console = Console(soft_wrap=True, highlight=False)
+    for name in registry.names("shoal.strategies"):
+        strategy = registry.load("shoal.strategies", name)
+        defaults = {field.name: field.default for field in dataclasses.fields(strategy)}
+        summary = inspect.cleandoc(strategy.__doc__).splitlines()[0]
+        if as_json:
+            print(json.dumps({"name": name, "citation": strategy.citation, "defaults": defaults, "rule": summary}))
+            continue
+        arguments = ", ".join(f"{key}={value}" for key, value in defaults.items())
+        console.print(f"[bold]{name}[/bold]  {escape(arguments)}")
+        console.print(f"    {escape(summary)}\n    {escape(strategy.citation)}")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"shoal {version('shoal')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Federated learning for PyTorch."""
+
+
+def main() -> None:
+    """Exit code 0 only if the run finished, 2 for what the user can mend, 130 after Ctrl-C."""
+    from shoal.protos.errors import ShoalError
+
+    try:
+        app()
+    except ShoalError as error:
+        print(f"shoal: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

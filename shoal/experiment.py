@@ -1,0 +1,208 @@
+"""An experiment in Python: what an experiment file says, with objects in place of names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from inspect import signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tomli_w
+from torch import nn
+
+from shoal.client.client import Client
+from shoal.client.local import LocalTraining
+from shoal.client.losses import loss_named, metric_named
+from shoal.protos import experiment as files
+from shoal.protos import registry
+from shoal.protos.errors import ExperimentError
+from shoal.protos.experiment import Evaluation, ExperimentFile
+from shoal.simulations.datasets import Dataset, FederatedData, load
+from shoal.strategies.base import Strategy
+from shoal.strategies.fedavg import FedAvg
+from shoal.strategies.selectors import Selector, Uniform
+
+if TYPE_CHECKING:
+    from shoal.run import Run
+
+__all__ = ["Experiment"]
+
+Model = str | Mapping[str, Any] | Callable[..., nn.Module] | nn.Module
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """What is to be run.
+
+    ``model`` is a registered name, a mapping with its arguments (``{"name": "mlp", "hidden": (64,)}``), a function that
+    returns a module, or a module. ``shape`` and ``classes`` are passed from the data to a function that
+    asks for them by these names. The other fields are those of an experiment file (docs/experiment.md).
+    """
+
+    model: Model
+    data: Dataset | FederatedData
+    strategy: Strategy = FedAvg()
+    local: LocalTraining = LocalTraining()
+    rounds: int = 10
+    cohort: int = 10
+    seed: int = 0
+    name: str = "run"
+    selector: Selector = Uniform()
+    client: Client | None = None
+    evaluation: Evaluation = Evaluation()
+    target: Mapping[str, float] = field(default_factory=dict)
+    quorum: float = 1.0
+    over_select: float = 1.0
+    deadline: float | None = None
+    checkpoint_every: int = 10
+    dtype: str = "float32"
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        files.parse(self._plain() | {"data": "checked elsewhere", "model": "checked elsewhere"})
+        for where in ("strategy", "local", "selector"):
+            registry.validate(getattr(self, where), where)
+        loss_named(self.local.loss)
+        for metric in self.local.metrics:
+            metric_named(metric)
+        refusal = self.strategy.refuses(self.local)
+        if refusal:
+            raise ExperimentError(
+                f"strategy {type(self.strategy).__name__} is not valid with local.optimizer = {self.local.optimizer!r}"
+                f" as it is set: {refusal}"
+            )
+
+    @classmethod
+    def from_file(cls, path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
+        """Read an experiment file; ``overrides`` are ``"strategy.mu=0.1"`` as on the command line."""
+        return cls.from_description(files.read(path, overrides))
+
+    @classmethod
+    def from_description(cls, file: ExperimentFile) -> Experiment:
+        """Build the objects that a file names."""
+        client = None
+        if file.client is not None:
+            client = registry.build("shoal.clients", file.client.name, file.client.arguments, "client")
+        plain = {f.name: getattr(file, f.name) for f in fields(cls) if f.name not in _OBJECTS}
+        return cls(
+            model={"name": file.model.name, **file.model.arguments},
+            data=load(file.data.name, **file.data.arguments),
+            strategy=registry.build("shoal.strategies", file.strategy.name, file.strategy.arguments, "strategy"),
+            local=registry.build("shoal.local", _LOCAL, file.local, "local"),
+            selector=registry.build("shoal.selectors", file.selector.name, file.selector.arguments, "selector"),
+            client=client,
+            **plain,
+        )
+
+    def simulate(
+        self, *, engine: str = "auto", workers: int | None = None, out: str | Path = "runs", progress: str = "auto"
+    ) -> Run:
+        """Run it here; ``workers`` processes (None: one a core, 0: in this process).
+
+        Ctrl-C ends the run after the round in progress; a second one abandons that round. Either way the state is
+        kept, and :func:`shoal.resume` goes on to the same bits.
+        """
+        from shoal.simulate import simulate  # a cycle otherwise: composition stands on the experiment
+
+        return simulate(self, engine=engine, workers=workers, out=Path(out), progress=progress)
+
+    def make_model(self, data: FederatedData) -> Callable[[], nn.Module]:
+        """The function that builds the module, with ``shape`` and ``classes`` filled in from the data."""
+        return _Maker(self.model, data.shape, data.classes)
+
+    def toml(self) -> str:
+        """The experiment file, every default written out; what only exists in Python is named in a comment."""
+        described = self._plain() | {
+            "data": self.data.spec if isinstance(self.data, Dataset) else None,
+            "model": _describe_model(self.model),
+            "local": _describe_local(self.local),
+            "strategy": registry.describe("shoal.strategies", self.strategy),
+            "selector": registry.describe("shoal.selectors", self.selector),
+        }
+        if self.client is not None:
+            described["client"] = registry.describe("shoal.clients", self.client)
+        unnamed = [key for key, value in described.items() if value is None]
+        note = f"{UNNAMED} {', '.join(unnamed)}\n" if unnamed else ""
+        known = {key: _absolute(value) for key, value in described.items() if value is not None}
+        return note + tomli_w.dumps(known)
+
+    def _plain(self) -> dict[str, Any]:
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _OBJECTS}
+        values["evaluation"] = self.evaluation.model_dump()
+        values["target"] = dict(self.target)
+        return {key: value for key, value in values.items() if value is not None}
+
+
+UNNAMED = "# cannot be run again from this file alone: a Python object stands for"
+_OBJECTS = frozenset({"model", "data", "strategy", "local", "selector", "client"})
+_LOCAL = "shoal.client.local:LocalTraining"
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """Builds the module; a class and not a closure, so that it is pickled by value with what it holds."""
+
+    model: Model
+    shape: tuple[int, ...]
+    classes: int | None
+
+    def __call__(self) -> nn.Module:
+        if isinstance(self.model, nn.Module):
+            import copy
+
+            return copy.deepcopy(self.model)
+        if callable(self.model):
+            return self._checked(self.model(**self._wanted(self.model, {})))
+        arguments = {"name": self.model} if isinstance(self.model, str) else dict(self.model)
+        name = arguments.pop("name")
+        arguments |= self._wanted(registry.load("shoal.models", name), arguments)
+        return self._checked(registry.build("shoal.models", name, arguments, "model"))
+
+    def _wanted(self, make: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
+        known = {"shape": self.shape, "classes": self.classes}
+        wanted = {key: value for key, value in known.items() if key in signature(make).parameters and key not in given}
+        if "classes" in wanted and self.classes is None:
+            raise ExperimentError("the data has no class labels; set 'model.classes' to the number of outputs")
+        return wanted
+
+    def _checked(self, module: object) -> nn.Module:
+        if not isinstance(module, nn.Module):
+            kind = type(module).__name__
+            raise ExperimentError(f"the model function returned a {kind}; it must return a torch.nn.Module")
+        return module
+
+
+def _describe_model(model: Model) -> dict[str, Any] | None:
+    if isinstance(model, str):
+        return {"name": model}
+    if isinstance(model, Mapping):
+        return dict(model)
+    name = None if isinstance(model, nn.Module) else registry.name_of("shoal.models", model)
+    return None if name is None else {"name": name}
+
+
+def _describe_local(local: LocalTraining) -> dict[str, Any] | None:
+    values = {f.name: getattr(local, f.name) for f in fields(local) if getattr(local, f.name) is not None}
+    values["loss"] = _named("shoal.losses", local.loss)
+    values["metrics"] = [_named("shoal.metrics", metric) for metric in local.metrics]
+    return None if values["loss"] is None or None in values["metrics"] else values
+
+
+def _named(group: str, thing: Any) -> str | None:
+    return thing if isinstance(thing, str) else registry.name_of(group, thing)
+
+
+def _absolute(value: Any) -> Any:
+    """References to files as absolute paths, so that the copy in the run folder means the same from anywhere."""
+    if isinstance(value, Mapping):
+        return {key: _absolute(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list | tuple):
+        return [_absolute(item) for item in value]
+    if isinstance(value, Path):
+        return str(value.resolve())
+    if isinstance(value, str):
+        place, colon, attribute = value.rpartition(":")
+        if colon and place.endswith(".py"):
+            return f"{Path(place).resolve()}:{attribute}"
+    return value

@@ -1,0 +1,215 @@
+"""What a user sees while a run goes on: a live line on a terminal, plain lines elsewhere, JSON for programs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from shoal.protos.errors import ExperimentError, nearest
+from shoal.protos.messages import Failure
+from shoal.protos.parameters import Layout, Segment
+from shoal.server.checkpoints import Checkpoint
+from shoal.server.coordinator import Round
+
+if TYPE_CHECKING:
+    from shoal.experiment import Experiment
+    from shoal.run import Run
+
+__all__ = ["Display", "display"]
+
+SPARKS = "▁▂▃▄▅▆▇█"
+
+
+class Display(ABC):
+    """An observer of the coordinator that shows a run to someone."""
+
+    @abstractmethod
+    def starting(self, path: Path, experiment: Experiment, population: int, layout: Layout, engine: str) -> None: ...
+
+    @abstractmethod
+    def on_round(self, round: Round) -> None: ...
+
+    def on_failure(self, failure: Failure) -> None:
+        """Failures come at once: nothing is silent."""
+        text = f"round {failure.round}: {failure.reason}"
+        self.note(f"{text}\n{failure.traceback}" if failure.traceback else text)
+
+    def on_checkpoint(self, checkpoint: Checkpoint) -> None:
+        return
+
+    @abstractmethod
+    def note(self, text: str) -> None: ...
+
+    @abstractmethod
+    def finished(self, run: Run) -> None: ...
+
+    def close(self) -> None:
+        return
+
+
+def display(mode: str) -> Display:
+    """``"auto"`` (live on a terminal, else plain), ``"plain"``, ``"json"`` or ``"none"``."""
+    modes: dict[str, Callable[[], Display]] = {"live": Live, "plain": Plain, "json": Json, "none": Silent}
+    if mode == "auto":
+        mode = "live" if Console(stderr=False).is_terminal else "plain"
+    if mode not in modes:
+        raise ExperimentError(f"there is no progress {mode!r}{nearest(mode, [*modes, 'auto'])}")
+    return modes[mode]()
+
+
+class Plain(Display):
+    """One line a round."""
+
+    def __init__(self) -> None:
+        self.console = Console(highlight=False, soft_wrap=True)
+        self._rounds = 0
+
+    def starting(self, path: Path, experiment: Experiment, population: int, layout: Layout, engine: str) -> None:
+        self._rounds = experiment.rounds
+        for line in _heading(path, experiment, population, layout, engine):
+            self.console.print(line, markup=False)
+
+    def on_round(self, round: Round) -> None:
+        self.console.print(_line(round, self._rounds), markup=False)
+
+    def note(self, text: str) -> None:
+        self.console.print(f"! {text}", markup=False)
+
+    def finished(self, run: Run) -> None:
+        _print_summary(self.console, run)
+
+
+class Live(Plain):
+    """A bar with the time left and the last numbers, above it what went wrong."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._history: list[float] = []
+        self._bar = Progress(
+            TextColumn("round {task.completed}/{task.total}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[numbers]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
+
+    def starting(self, path: Path, experiment: Experiment, population: int, layout: Layout, engine: str) -> None:
+        super().starting(path, experiment, population, layout, engine)
+        self._task = self._bar.add_task("rounds", total=experiment.rounds, numbers="starting")
+        self._bar.start()
+
+    def on_round(self, round: Round) -> None:
+        shown = {name: value for name, value in round.numbers.items() if name.startswith(("test_", "train_loss"))}
+        main = next((value for name, value in shown.items() if "loss" not in name), None)
+        self._history += [] if main is None else [main]
+        text = "  ".join(f"{name.removeprefix('test_')} {value:.4g}" for name, value in shown.items())
+        self._bar.update(self._task, completed=round.number, numbers=f"{escape(text)}  {_spark(self._history)}")
+
+    def note(self, text: str) -> None:
+        self.console.print(f"[yellow]![/yellow] {escape(text)}")
+
+    def close(self) -> None:
+        self._bar.stop()
+
+
+class Json(Display):
+    """One JSON object a line on standard output, ``event`` first; failures too."""
+
+    def _print(self, event: str, **fields: Any) -> None:
+        print(json.dumps({"event": event, **fields}), flush=True)
+
+    def starting(self, path: Path, experiment: Experiment, population: int, layout: Layout, engine: str) -> None:
+        self._print("start", run=str(path), engine=engine, population=population, rounds=experiment.rounds)
+
+    def on_round(self, round: Round) -> None:
+        self._print("round", round=round.number, **round.numbers)
+
+    def on_failure(self, failure: Failure) -> None:
+        self._print("failure", round=failure.round, client=failure.client, reason=failure.reason)
+
+    def note(self, text: str) -> None:
+        print(text, file=sys.stderr)
+
+    def finished(self, run: Run) -> None:
+        self._print("end", run=str(run.path), **run.summary)
+
+
+class Silent(Display):
+    """Nothing but failures, on standard error."""
+
+    def starting(self, path: Path, experiment: Experiment, population: int, layout: Layout, engine: str) -> None:
+        return
+
+    def on_round(self, round: Round) -> None:
+        return
+
+    def note(self, text: str) -> None:
+        print(text, file=sys.stderr)
+
+    def finished(self, run: Run) -> None:
+        return
+
+
+def _heading(path: Path, e: Experiment, population: int, layout: Layout, engine: str) -> list[str]:
+    size = layout.size(Segment.TRAINABLE)
+    model = e.model if isinstance(e.model, str) else e.model["name"] if isinstance(e.model, dict) else "your model"
+    return [
+        f"shoal · {path}",
+        f"  {type(e.strategy).__name__} · {population} clients, {e.cohort} a round · {e.rounds} rounds · seed {e.seed}",
+        f"  {model}, {size:,} parameters · {e.local.optimizer} lr {e.local.lr:g}, batch {e.local.batch_size}, "
+        + (f"{e.local.steps} steps" if e.local.steps else f"{e.local.epochs} epochs"),
+        f"  engine {engine}",
+    ]
+
+
+def _line(round: Round, rounds: int) -> str:
+    shown = [(n, v) for n, v in round.numbers.items() if n.startswith(("test_", "train_loss", "clients_accuracy"))]
+    text = "  ".join(f"{name} {value:.4f}" for name, value in shown)
+    if round.number == 0:
+        return f"round 0/{rounds}  {text}"
+    numbers = round.numbers
+    counted = f"{numbers['counted']:.0f}/{numbers['asked']:.0f} clients"
+    return f"round {round.number}/{rounds}  {counted}  {text}  {numbers['seconds']:.2f} s"
+
+
+def _spark(values: list[float], width: int = 12) -> str:
+    recent = values[-width:]
+    if len(recent) < 2:
+        return ""
+    low, high = min(recent), max(recent)
+    scale = (len(SPARKS) - 1) / (high - low) if high > low else 0.0
+    return "".join(SPARKS[round((value - low) * scale)] for value in recent)
+
+
+def _print_summary(console: Console, run: Run) -> None:
+    s = run.summary
+    mark = "✓" if s["status"] == "finished" else "■"
+    console.print(f"{mark} {s['status']} after {s['rounds']} rounds in {s['wall_seconds']:.1f} s", markup=False)
+    table = Table(box=None, padding=(0, 2), show_edge=False)
+    for column, side in (("", "left"), ("last", "right"), ("mean of last 10", "right"), ("best", "right")):
+        table.add_column(column, justify=side)  # type: ignore[arg-type]
+    for name, last in s.get("last", {}).items():
+        best = s["best"][name]
+        cells = f"{last:.4f}", f"{s['mean_of_last_10'][name]:.4f}", f"{best['value']:.4f} (round {best['round']})"
+        table.add_row(name.replace("_", " "), *cells)
+    if s.get("last"):
+        console.print(table)
+    for name, reached in s.get("target", {}).items():
+        when = "not reached" if reached["round"] is None else f"reached in round {reached['round']}"
+        console.print(f"  target {name} {reached['value']:g} {when}", markup=False)
+    traffic = f"  {s['bytes_up'] / 1e6:.1f} MB up, {s['bytes_down'] / 1e6:.1f} MB down"
+    console.print(traffic + (f", {s['failed']} client failures" if s["failed"] else ""), markup=False)
+    console.print(f"  run     {run.path}", markup=False)
+    if s["status"] != "finished":
+        console.print(f"  resume  shoal resume {run.path}", markup=False)

@@ -1,0 +1,147 @@
+"""A run that was made: its folder, read as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from shoal.protos.errors import RunError
+from shoal.server.runs import RunFolder
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+    from torch import Tensor, nn
+
+    from shoal.protos.parameters import Parameters
+
+__all__ = ["Run", "summarise"]
+
+LOWER_IS_BETTER = ("loss", "mae", "mse", "error")
+
+
+class Run:
+    """Reads a run folder. Nothing is loaded before it is asked for."""
+
+    def __init__(self, path: str | Path) -> None:
+        self._folder = RunFolder.open(Path(path))
+        self.path = self._folder.path
+
+    def __repr__(self) -> str:
+        numbers = {key: value for key, value in self.summary.get("last", {}).items() if key.startswith("test_")}
+        shown = ", ".join(f"{key}={value:.4g}" for key, value in numbers.items())
+        return f"<Run {self.path} {self.summary.get('status')}{': ' if shown else ''}{shown}>"
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        """Status, last and best numbers, targets reached."""
+        return self._folder.read("summary.json")
+
+    @property
+    def status(self) -> str:
+        """``"finished"``, ``"interrupted"``, ``"failed"``, or ``"running"`` (also after a power cut)."""
+        return str(self.summary["status"])
+
+    @cached_property
+    def metrics(self) -> pd.DataFrame:
+        """A row a round, by ``round``; round 0 is the initial model."""
+        import pandas as pd
+
+        frame = pd.DataFrame(list(self._folder.lines("metrics.jsonl")))
+        return frame.set_index("round") if len(frame) else frame
+
+    @cached_property
+    def clients(self) -> pd.DataFrame:
+        """A row for each client and round it took part in; ``kind`` is ``"train"`` or ``"evaluate"``."""
+        import pandas as pd
+
+        frames = []
+        for line in self._folder.lines("clients.jsonl"):
+            line.pop("failed", None)
+            if line["client"]:
+                frames.append(pd.DataFrame(line))
+        return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+
+    @cached_property
+    def failures(self) -> pd.DataFrame:
+        """A row for each client that failed: ``round``, ``client``, ``reason``."""
+        import pandas as pd
+
+        lines = self._folder.lines("clients.jsonl")
+        rows = [{"round": line["round"], **failed} for line in lines for failed in line.get("failed", [])]
+        return pd.DataFrame(rows, columns=["round", "client", "reason"])
+
+    @cached_property
+    def parameters(self) -> Parameters[Tensor]:
+        """The global model after the last round kept; ``.named()`` gives the tensors by name."""
+        point = self._folder.latest()
+        if point is None:
+            raise RunError(f"{self.path} holds no checkpoint; the run ended before its first round")
+        return point.parameters
+
+    def load_into(self, module: nn.Module) -> nn.Module:
+        """Copy the global model into a module of the same architecture, and return it."""
+        from shoal.client.net import layout_of, load_parameters
+
+        difference = layout_of(module).difference(self.parameters.layout)
+        if difference is not None:
+            raise RunError(f"the model of {self.path} does not fit the module: {difference}")
+        load_parameters(module, self.parameters)
+        return module
+
+    def plot(self, *names: str) -> go.Figure:
+        """Metrics over rounds; all test metrics if none is named."""
+        import plotly.graph_objects as go
+
+        columns = list(names) or [name for name in self.metrics.columns if name.startswith("test_")]
+        figure = go.Figure()
+        for name in columns:
+            series = self.metrics[name].dropna()
+            figure.add_scatter(x=series.index, y=series, name=name, mode="lines+markers")
+        figure.update_layout(title=self.path.name, xaxis_title="round", template="simple_white")
+        return figure
+
+
+def summarise(folder: RunFolder, target: Mapping[str, float]) -> dict[str, Any]:
+    """Totals, the last and the best round, the mean over the last ten rounds evaluated, and when targets were met."""
+    lines = list(folder.lines("metrics.jsonl"))
+    rounds = [line for line in lines if line["round"] > 0]
+    if not lines:
+        return {"rounds": 0}
+    added = ("seconds", "bytes_up", "bytes_down", "failed")
+    totals = {name: sum(line.get(name, 0) for line in rounds) for name in added}
+    metrics = dict.fromkeys(name for line in lines for name in line if name.startswith(("test_", "clients_")))
+    evaluated = {name: [line for line in lines if line.get(name) is not None] for name in metrics}
+    kept = {name: having for name, having in evaluated.items() if having}
+    return {
+        "rounds": lines[-1]["round"],
+        **totals,
+        "last": {name: having[-1][name] for name, having in kept.items()},
+        "best": {name: _best(name, having) for name, having in kept.items()},
+        "mean_of_last_10": {name: fmean(line[name] for line in having[-10:]) for name, having in kept.items()},
+        "target": {name: _reached(name, value, rounds) for name, value in target.items()},
+    }
+
+
+def _lower(name: str) -> bool:
+    return any(part in LOWER_IS_BETTER for part in name.split("_"))
+
+
+def _best(name: str, having: list[dict[str, Any]]) -> dict[str, Any]:
+    choose = min if _lower(name) else max
+    line = choose(having, key=lambda line: line[name])
+    return {"value": line[name], "round": line["round"]}
+
+
+def _reached(name: str, value: float, rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """The first round at the target, with what was spent by then; ``round`` is None if it was never met."""
+    bytes_up, seconds = 0, 0.0
+    for line in rounds:
+        bytes_up, seconds = bytes_up + line["bytes_up"], seconds + line["seconds"]
+        now = line.get(f"test_{name}")
+        if now is not None and (now <= value if _lower(name) else now >= value):
+            return {"value": value, "round": line["round"], "bytes_up": bytes_up, "seconds": seconds}
+    return {"value": value, "round": None}

@@ -1,0 +1,117 @@
+"""The simulated fleet: virtual clients played by engines, in this process or in workers.
+
+Simulated clients answer in cohort order and take no time, so which updates count depends on the cohort alone: the first
+``goal`` that succeed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+
+import torch
+
+from shoal.protos.messages import Failure
+from shoal.server.fleet import Ask, Part, Report
+from shoal.simulations.engine import Assignment, Engine, Job, Result
+from shoal.simulations.pool import Died, Pool
+from shoal.strategies.base import Mine, State
+from shoal.strategies.sums import LEAF, Carried
+
+__all__ = ["InProcess", "SimulatedFleet"]
+
+
+class InProcess:
+    """One engine in the calling process, single-threaded as a worker is, so that it gives the same bits."""
+
+    def __init__(self, assignment: Assignment) -> None:
+        self._engine = Engine(assignment)
+
+    def run(self, jobs: Sequence[Job], state: State, carried: Carried) -> Iterator[tuple[Job, Result | Died]]:
+        for job in jobs:
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)
+            try:
+                with torch.random.fork_rng(devices=[]):
+                    result = self._engine.run(job, state, carried)
+            finally:
+                torch.set_num_threads(threads)
+            yield job, result
+
+    def close(self) -> None:
+        return
+
+
+class SimulatedFleet:
+    """A :class:`~shoal.server.fleet.Fleet` of the data set's clients; ``workers=0`` plays them in this process."""
+
+    def __init__(self, assignment: Assignment, workers: int = 0) -> None:
+        self.population = assignment.data.clients
+        self._crew = Pool(assignment, workers) if workers else InProcess(assignment)
+        self._states: dict[str, Mine] = {}
+        self._staged: dict[str, Mine] = {}
+
+    def train(self, ask: Ask) -> Iterator[Part]:
+        self._staged = {}
+        ends = None if ask.deadline is None else time.monotonic() + ask.deadline
+        missing = 0
+        for part in self._run(ask, _leaves(range(min(ask.goal, len(ask.cohort)))), ends):
+            missing += len(part.failures)
+            yield part
+        # Those asked beyond the goal stand in for clients that failed, in cohort order.
+        spare = iter(range(ask.goal, len(ask.cohort)))
+        while missing and (next_up := [p for _, p in zip(range(missing), spare, strict=False)]):
+            missing = 0
+            for part in self._run(ask, [[position] for position in next_up], ends):
+                missing += len(part.failures)
+                yield part
+
+    def evaluate(self, ask: Ask) -> Iterator[Report | Failure]:
+        parts = self._run(ask, _leaves(range(len(ask.cohort))), None, train=False)
+        for part in sorted(parts, key=lambda part: part.position):
+            yield from part.failures
+            yield from part.reports
+
+    def _run(self, ask: Ask, leaves: Sequence[Sequence[int]], ends: float | None, train: bool = True) -> Iterator[Part]:
+        retry = list[Sequence[int]]()
+        jobs = [self._job(ask, leaf, ends, train) for leaf in leaves]
+        for job, result in self._crew.run(jobs, ask.state, ask.carried):
+            positions = range(job.position, job.position + len(job.clients))
+            if isinstance(result, Result):
+                self._staged.update(result.staged)
+                yield result.part
+            elif len(job.clients) > 1 and (ends is None or time.monotonic() < ends):
+                retry += [[position] for position in positions]  # one by one: only the culprit shall fail
+            else:
+                yield _lost(job, result, ends)
+        if retry:
+            yield from self._run(ask, retry, ends, train)
+
+    def _job(self, ask: Ask, positions: Sequence[int], ends: float | None, train: bool) -> Job:
+        clients = [(ask.cohort[p], self._states.get(ask.cohort[p])) for p in positions]
+        left = None if ends is None else max(0.0, ends - time.monotonic())
+        return Job(positions[0], clients, ask.context, train, left)
+
+    def settle(self, counted: Collection[str]) -> None:
+        self._states.update({client: self._staged[client] for client in counted if self._staged.get(client)})
+        self._staged = {}
+
+    def snapshot(self) -> Mapping[str, Mine]:
+        return dict(self._states)
+
+    def restore(self, states: Mapping[str, Mine]) -> None:
+        self._states, self._staged = dict(states), {}
+
+    def close(self) -> None:
+        self._crew.close()
+
+
+def _leaves(positions: range) -> list[Sequence[int]]:
+    return [positions[start : start + LEAF] for start in range(0, len(positions), LEAF)]
+
+
+def _lost(job: Job, died: Died, ends: float | None) -> Part:
+    late = ends is not None and time.monotonic() >= ends
+    why = "did not answer before the deadline" if late else f"brought its worker process down ({died.reason})"
+    failures = [Failure(name, job.context.round, f"client {name!r} {why}") for name, _ in job.clients]
+    return Part(job.position, None, (), failures)

@@ -1,0 +1,236 @@
+"""Worker processes: one single-threaded engine a core, fed over pipes.
+
+A worker is started as a plain Python program, not forked (threads and locks do not survive a fork) and not through
+``multiprocessing`` (which would import the user's script again); what it must know is pickled by value, so
+functions written in a notebook work. A worker that dies takes down neither the run nor its neighbours' clients.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import queue
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import IO, Any, cast
+
+import cloudpickle
+import torch
+from torch import Tensor
+
+from shoal.protos.errors import RunError, ShoalError
+from shoal.simulations.engine import Assignment, Job, Result
+from shoal.simulations.shared import SharedBlock
+from shoal.strategies.base import State
+from shoal.strategies.sums import Carried
+
+__all__ = ["Died", "Order", "Pool", "pack", "read", "unpack", "write"]
+
+# A worker must see the caller's import paths before it imports anything, and never the folder it starts in.
+START = "import sys; sys.path[:] = {path!r}; from shoal.simulations.worker import main; main()"
+SHARE_FROM = 65536  # bytes: below, a copy is cheaper than a mapping
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+
+
+def _reduce(tensor: Tensor) -> tuple[Any, ...]:
+    return torch.from_numpy, (tensor.detach().numpy(),)
+
+
+class _Pickler(pickle.Pickler):
+    """Tensors as arrays: torch's own pickling of a tensor costs more than training a small client."""
+
+    dispatch_table = {Tensor: _reduce}  # noqa: RUF012  (pickle reads it from the class)
+
+
+def write(file: IO[bytes], message: object) -> None:
+    """One message between our own processes; never used with a peer."""
+    _Pickler(file, protocol=5).dump(message)
+    file.flush()
+
+
+def read(file: IO[bytes]) -> Any:
+    """The next message; EOFError when the other side is gone."""
+    return pickle.load(file)
+
+
+@dataclass(frozen=True)
+class Died:
+    """A worker was lost while it had a job: why, in words."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Order:
+    """A job and where its state lies: vectors in shared memory, numbers in the message."""
+
+    job: Job
+    block: SharedBlock
+    numbers: dict[str, float]
+
+
+class _AssignmentPickler(cloudpickle.Pickler):  # type: ignore[misc]
+    """By value, functions of a notebook included; large tensors are set aside to be shared, not copied."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__(file, protocol=5)
+        self.shared: dict[str, Tensor] = {}
+
+    def persistent_id(self, thing: object) -> str | None:
+        if type(thing) is not Tensor or thing.nbytes < SHARE_FROM or thing.device.type != "cpu":
+            return None
+        self.shared[f"{id(thing)}"] = thing
+        return f"{id(thing)}"
+
+
+class _AssignmentUnpickler(pickle.Unpickler):
+    def __init__(self, file: IO[bytes], block: SharedBlock) -> None:
+        super().__init__(file)
+        self._block = block
+
+    def persistent_load(self, name: str) -> Tensor:
+        return self._block.tensors[name]
+
+
+def pack(assignment: Assignment) -> tuple[bytes, SharedBlock]:
+    """The assignment as bytes, and the block that holds its large tensors and must outlive all workers."""
+    buffer = io.BytesIO()
+    pickler = _AssignmentPickler(buffer)
+    pickler.dump(assignment)
+    block = SharedBlock.of(pickler.shared)
+    return pickle.dumps(block) + buffer.getvalue(), block
+
+
+def unpack(file: IO[bytes]) -> Assignment:
+    """The inverse of :func:`pack`, in a worker."""
+    block = pickle.load(file)
+    return cast(Assignment, _AssignmentUnpickler(file, block).load())
+
+
+class Worker:
+    """One process; a call is a message and its answer."""
+
+    def __init__(self, assignment: bytes) -> None:
+        command = [sys.executable, "-c", START.format(path=sys.path)]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | ONE_THREAD
+        )
+        self._in, self._out = cast(IO[bytes], self.process.stdin), cast(IO[bytes], self.process.stdout)
+        self._in.write(assignment)
+        self._in.flush()
+
+    def ready(self) -> None:
+        """Wait until the worker has built its engine; RunError with its reason if it cannot."""
+        try:
+            answer = read(self._out)
+        except (EOFError, OSError) as error:
+            raise RunError(f"a worker could not start ({self._fate()}); see its messages above") from error
+        if isinstance(answer, ShoalError):
+            raise answer
+
+    def call(self, order: Order) -> Result | Died:
+        try:
+            write(self._in, order)
+            return cast(Result, read(self._out))
+        except (EOFError, OSError, pickle.UnpicklingError):
+            return Died(self._fate())
+
+    def _fate(self) -> str:
+        code = self.process.wait()
+        return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self._in.close()
+        self._out.close()
+
+
+class Pool:
+    """A fixed number of workers. Each takes the next job as soon as it is free."""
+
+    def __init__(self, assignment: Assignment, workers: int) -> None:
+        self._assignment, self._data = pack(assignment)
+        self._workers = [Worker(self._assignment) for _ in range(workers)]
+        self._idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="shoal-worker")
+        self._block: SharedBlock | None = None
+        try:
+            for worker in self._workers:
+                worker.ready()
+                self._idle.put(worker)
+        except BaseException:
+            self.close()
+            raise
+
+    def run(self, jobs: Sequence[Job], state: State, carried: Carried) -> Iterator[tuple[Job, Result | Died]]:
+        """Each job's result as it comes. A worker busy beyond its job's deadline is killed and replaced."""
+        numbers = self._publish(state, carried)
+        assert self._block is not None
+        waiting, running = deque(jobs), dict[Future[Result | Died], tuple[Job, float | None]]()
+        try:
+            while waiting or running:
+                while waiting and len(running) < len(self._workers):
+                    job = waiting.popleft()
+                    limit = None if job.seconds is None else time.monotonic() + 1.1 * job.seconds + 1
+                    running[self._threads.submit(self._call, Order(job, self._block, numbers))] = (job, limit)
+                limits = [limit for _, limit in running.values() if limit is not None]
+                patience = max(0.0, min(limits) - time.monotonic()) if limits else None
+                done, _ = wait(running, timeout=patience, return_when=FIRST_COMPLETED)
+                if not done:
+                    self._kill_busy()
+                for future in done:
+                    yield running.pop(future)[0], future.result()
+        except BaseException:
+            self._kill_busy()  # the caller has lost interest: nothing may linger on an old round
+            raise
+
+    def _call(self, order: Order) -> Result | Died:
+        worker = self._idle.get()
+        answer = worker.call(order)
+        if isinstance(answer, Died):
+            worker = self._replace(worker)
+        self._idle.put(worker)
+        return answer
+
+    def _replace(self, dead: Worker) -> Worker:
+        dead.kill()
+        fresh = Worker(self._assignment)
+        self._workers[self._workers.index(dead)] = fresh
+        fresh.ready()
+        return fresh
+
+    def _kill_busy(self) -> None:
+        idle = set[Worker]()
+        while not self._idle.empty():
+            idle.add(self._idle.get())
+        for worker in self._workers:
+            if worker in idle:
+                self._idle.put(worker)
+            else:
+                worker.process.kill()
+
+    def _publish(self, state: State, carried: Carried) -> dict[str, float]:
+        """Put the round's vectors where workers see them; the numbers are returned."""
+        tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        tensors |= {"/buffers": carried.buffers, "/counters": carried.counters}
+        if self._block is not None and self._block.fits(tensors):
+            self._block.fill(tensors)
+        else:
+            self._block = SharedBlock.of(tensors)
+        return {name: value for name, value in state.items() if not isinstance(value, Tensor)}
+
+    def close(self) -> None:
+        for worker in self._workers:
+            worker.kill()
+        self._threads.shutdown(cancel_futures=True)
+        self._data.close()
+        if self._block is not None:
+            self._block.close()
+            self._block = None

@@ -1,0 +1,102 @@
+"""Tensors in memory that worker processes share: a mapped file, so that it works the same under every start method.
+
+The file lies in memory where there is room (``/dev/shm``), else in the temporary folder; it is removed with the
+block, and what a killed run left behind is swept away by the next one.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+__all__ = ["SharedBlock"]
+
+Specs = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+ALIGN = 64  # bytes: a cache line, so that no vector load of a tensor straddles another one
+PREFIX = "shoal-"
+
+
+class SharedBlock:
+    """Named tensors over one mapping. Unpickling it in another process attaches to the same memory."""
+
+    def __init__(self, specs: Specs, path: Path | None = None) -> None:
+        sizes = [-(-_bytes(dtype, shape) // ALIGN) * ALIGN for dtype, shape in specs.values()]
+        self.specs, self.path = specs, path or _new_file(max(1, sum(sizes)))
+        memory = torch.from_file(str(self.path), shared=True, size=max(1, sum(sizes)), dtype=torch.uint8)
+        self.tensors: dict[str, Tensor] = {}
+        for (name, (dtype, shape)), part in zip(specs.items(), torch.split(memory[: sum(sizes)], sizes), strict=True):
+            self.tensors[name] = part[: _bytes(dtype, shape)].view(dtype).view(shape)
+        if path is None:
+            self._remove = weakref.finalize(self, _unlink, self.path)
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> SharedBlock:
+        """A block that holds copies of these tensors."""
+        block = cls({name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()})
+        block.fill(tensors)
+        return block
+
+    def fits(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether these tensors have the block's names, dtypes and shapes."""
+        return self.specs == {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy new values in; the tensors must fit."""
+        for name, tensor in tensors.items():
+            self.tensors[name].copy_(tensor)
+
+    def close(self) -> None:
+        """Remove the file now; mappings stay valid until their processes drop them."""
+        self._remove()
+
+    def __reduce__(self) -> tuple[type[SharedBlock], tuple[Specs, Path]]:
+        return SharedBlock, (self.specs, self.path)
+
+
+def _bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    return dtype.itemsize * torch.Size(shape).numel()
+
+
+def _new_file(size: int) -> Path:
+    memory = Path("/dev/shm")
+    roomy = memory.is_dir() and os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 2 * size
+    folder = memory if roomy else Path(tempfile.gettempdir())
+    _sweep(folder)
+    handle, name = tempfile.mkstemp(prefix=f"{PREFIX}{os.getpid()}-", dir=folder)
+    os.truncate(handle, size)
+    os.close(handle)
+    return Path(name)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove files of processes that are gone."""
+    for path in folder.glob(f"{PREFIX}*"):
+        owner = path.name.removeprefix(PREFIX).partition("-")[0]
+        if owner.isdigit() and not _alive(int(owner)):
+            _unlink(path)
+
+
+def _alive(process: int) -> bool:
+    if os.name != "posix":
+        return True  # cannot be asked without a further library: leave the file to the system
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _unlink(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:
+        return  # another user's, or still mapped where the system forbids removal

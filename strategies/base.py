@@ -1,0 +1,121 @@
+"""The shape of a strategy: one algorithm, both halves, in one file.
+
+A strategy is a frozen dataclass of hyper-parameters plus functions. Its server state is a value, a flat mapping from
+name to vector or number: a checkpoint is exactly that value. A round runs through it in one straight line::
+
+    send(state) → local(trainer, sent, mine) → contribute(state, update, context) → Σ → finish(state, Σ, context)
+
+Vectors are ``[P]`` for one client or ``[K, P]`` for a block of K; the same lines serve both.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+from torch import Tensor
+
+from shoal.protos import messages
+
+__all__ = ["Context", "Drift", "LocalOptimizer", "Mine", "Sent", "State", "Strategy", "Terms", "Trainer", "Update"]
+
+Sent = messages.Sent[Tensor]
+Update = messages.Update[Tensor]
+State = Mapping[str, Tensor | float]  # the server's, between rounds
+Mine = Mapping[str, Tensor]  # a client's own, between its rounds
+Terms = Mapping[str, Tensor | float]  # what is summed over the cohort
+Drift = Tensor | Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the server knows about a round.
+
+    ``counted`` (how many updates the sum holds) is known only in :meth:`Strategy.finish`; before, it is 0.
+    ``staleness`` is the number of rounds since the update's base version.
+    """
+
+    round: int
+    population: int
+    asked: int
+    counted: int = 0
+    staleness: int = 0
+
+
+class LocalOptimizer(Protocol):
+    """What a strategy may ask about local training before it agrees to run with it."""
+
+    @property
+    def optimizer(self) -> str: ...
+    @property
+    def momentum(self) -> float: ...
+    @property
+    def clip(self) -> float | None: ...
+
+
+class Trainer(Protocol):
+    """What an engine supplies to :meth:`Strategy.local`, for one client ``[P]`` or a block ``[K, P]``."""
+
+    def run(self, start: Tensor, *, drift: Drift | None = None, epochs: int | None = None) -> Update:
+        """Train from ``start`` as the experiment's local training says.
+
+        ``drift`` (a vector, or a function of the current vector) is added to every batch gradient, before clipping
+        and before the optimizer sees it. ``epochs`` replaces the declared amount of work.
+        """
+        ...
+
+    def loss(self, at: Tensor) -> Tensor:
+        """The mean loss over all local examples, a scalar (``[K, 1]`` for a block)."""
+        ...
+
+    def gradient(self, at: Tensor) -> Tensor:
+        """The gradient of :meth:`loss`, shaped as ``at``."""
+        ...
+
+
+class Strategy(ABC):
+    """One algorithm. Subclasses are final: to vary a strategy, write another one from the same functions."""
+
+    citation: ClassVar[str]
+
+    def init(self, parameters: Tensor) -> State:
+        """The server's state before the first round; the model ``[P]`` is always under ``"parameters"``."""
+        return {"parameters": parameters}
+
+    def init_client(self, parameters: Tensor) -> Mine:
+        """A client's own state before its first task; ``parameters`` gives the shape."""
+        return {}
+
+    def send(self, state: State) -> Sent:
+        """What every client of the cohort gets."""
+        return Sent(vector(state, "parameters"))
+
+    @abstractmethod
+    def local(self, trainer: Trainer, sent: Sent, mine: Mine) -> tuple[Update, Mine]:
+        """The client half. The new ``mine`` takes effect only if the server counts the update."""
+
+    @abstractmethod
+    def contribute(self, state: State, update: Update, context: Context) -> Terms:
+        """What one update adds to the round's sum."""
+
+    @abstractmethod
+    def finish(self, state: State, total: Terms, context: Context) -> State:
+        """The server half: the next state from the sum."""
+
+    def personal(self, sent: Sent, mine: Mine) -> Tensor:
+        """The vector to evaluate for a client that holds ``mine``: the global model by default."""
+        return sent.parameters
+
+    def refuses(self, local: LocalOptimizer) -> str | None:
+        """Why this strategy is wrong with that local training, in one sentence; None if it is valid."""
+        return None
+
+
+def vector(values: State | Terms, name: str) -> Tensor:
+    """A named vector of a state or a sum; TypeError if it is a number."""
+    value = values[name]
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name!r} is the number {value!r}, not a vector")
+    return value
