@@ -11,7 +11,6 @@ help: ## show this
 
 .venv/.run: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q --disable-pip-version-check "torch>=2.6,<2.14" || $(BIN)/pip install -q torch==2.13.0
 	$(BIN)/pip install -q --disable-pip-version-check -e .
 	@touch $@
 

@@ -161,11 +161,10 @@ def _check_tensor(tensor: wire.Tensor, offset: int) -> int:
     nbytes = math.prod(_shape(tensor.shape, what)) * itemsize
     if tensor.nbytes != nbytes:
         raise CodecError(f"{what} claims {tensor.nbytes} bytes, but its shape needs {nbytes}; send it again")
-    if tensor.offset != offset or offset % itemsize:
-        raise CodecError(
-            f"{what} begins at byte {tensor.offset} where {offset} was expected, or is not aligned there; "
-            f"put tensors one behind the other, larger items first"
-        )
+    if tensor.offset != offset:
+        raise CodecError(f"{what} begins at byte {tensor.offset}, expected {offset}; put one tensor behind the other")
+    if offset % itemsize:
+        raise CodecError(f"{what} is not aligned at byte {offset}; put tensors of larger items first")
     return offset + nbytes
 
 

@@ -35,8 +35,8 @@ class WeightedMean:
     @staticmethod
     def finish(total: Terms) -> Tensor:
         """The mean ``[P]``; RoundError if the weights sum to zero or less, or to no number."""
-        weight = total["weight"]
-        if not isinstance(weight, Tensor) and not (math.isfinite(weight) and weight > 0):
+        weight = float(total["weight"])
+        if not (math.isfinite(weight) and weight > 0):
             raise RoundError(
                 f"the weights of the counted updates sum to {weight}; clients must report a positive number of "
                 f"examples, or set strategy.weighting = 'uniform'"

@@ -9,6 +9,7 @@ import torch
 from annotated_types import Gt
 from torch import Tensor
 
+from shoal.protos.errors import InvalidUpdate
 from shoal.strategies.base import Context, LocalOptimizer, Mine, Sent, State, Strategy, Terms, Trainer, Update, vector
 
 __all__ = ["Scaffold"]
@@ -43,6 +44,8 @@ class Scaffold(Strategy):
     def local(self, trainer: Trainer, sent: Sent, mine: Mine) -> tuple[Update, Mine]:
         control, own = sent.tensors["control"], mine["control"]
         update = trainer.run(sent.parameters, drift=control - own)
+        if not isinstance(update.lr_sum, Tensor) and not update.lr_sum > 0:
+            raise InvalidUpdate("SCAFFOLD needs at least one step with its learning rate to estimate a gradient")
         new = own - control - update.delta / update.lr_sum
         return replace(update, tensors={"control": new - own}), {"control": new}
 

@@ -7,6 +7,7 @@ of workers, the order of arrival and a crash leave no trace in the bits.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -58,7 +59,7 @@ def contribute(strategy: Strategy, state: State, update: Update, context: Contex
 def carry(carried: Carried, total: Contribution) -> Carried:
     """The next round's buffers (their example-weighted mean) and counters (their maximum)."""
     buffers, counters = total.buffers, total.counters
-    if buffers is not None and not total.examples > 0:
+    if buffers is not None and not (math.isfinite(total.examples) and total.examples > 0):
         raise RoundError(
             f"the counted clients report {total.examples:g} examples, but the model's buffers are averaged by "
             f"examples; clients must report a positive number of them"
@@ -73,6 +74,8 @@ def plus(a: Contribution, b: Contribution) -> Contribution:
     """Their sum; KeyError if they name different terms."""
     if a.terms.keys() != b.terms.keys():
         raise KeyError(f"contributions of one round name different terms: {sorted(a.terms)} and {sorted(b.terms)}")
+    if (a.buffers is None) != (b.buffers is None) or (a.counters is None) != (b.counters is None):
+        raise KeyError("contributions of one round must all bring buffers and counters, or none")
     return Contribution(
         {name: a.terms[name] + b.terms[name] for name in a.terms},
         None if a.buffers is None or b.buffers is None else a.buffers + b.buffers,

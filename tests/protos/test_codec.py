@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import sys
 import tracemalloc
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -134,16 +134,11 @@ def an_update(**changes: Any) -> Update[Array]:
 @quick
 @given(tasks)
 def test_a_task_comes_back(task: Task[Array]) -> None:
-    model = task.model
-    crossed = Parameters(model.layout, model.trainable, model.buffers, model.counters)
-    expected = Task(
-        task.kind, task.round, task.version, crossed, task.tensors, task.settings, task.reply, task.nonce, task.lease
-    )
-
+    expected = replace(task, model=replace(task.model, local={}, frozen={}))
     decoded, frozen = codec.decode_task(*pack(task))
 
     assert bits(expected) == bits(decoded)
-    assert frozen_hash(model.frozen) == frozen
+    assert frozen_hash(task.model.frozen) == frozen
 
 
 @quick
@@ -319,14 +314,14 @@ def huge(header: wire.Header) -> None:
 
 
 def odd(header: wire.Header) -> None:
-    """The small tensor first: contiguous, but what follows is no longer aligned."""
-    tensors = list(header.manifest.tensors)
-    del header.manifest.tensors[:]
-    end = 0
-    for tensor in reversed(tensors):
-        tensor.offset = end
-        end += tensor.nbytes
-        header.manifest.tensors.append(tensor)
+    """The smallest tensor first: contiguous, but the next one is not aligned."""
+    small = header.manifest.tensors.pop()
+    small.offset = 0
+    tensors = [small, *header.manifest.tensors]
+    for tensor in tensors[1:]:
+        tensor.offset += small.nbytes
+    header.manifest.ClearField("tensors")
+    header.manifest.tensors.extend(tensors)
 
 
 def nest(header: wire.Header) -> None:
@@ -336,54 +331,46 @@ def nest(header: wire.Header) -> None:
     setting.integer = 1
 
 
-MUTATIONS: list[tuple[str, Callable[[wire.Header], object], str]] = [
-    ("big-endian", lambda h: setattr(h.manifest, "byte_order", "big"), "byte order is 'big'"),
-    ("no manifest", lambda h: h.ClearField("manifest"), "byte order is ''"),
-    ("total", lambda h: setattr(h.manifest, "total_bytes", 44), "has 43 bytes, its manifest says 44"),
-    ("hash", lambda h: setattr(h.manifest, "sha256", b"x"), "SHA-256"),
-    ("unnamed", lambda h: setattr(h.manifest.tensors[3], "name", ""), "a tensor has no name"),
-    ("twice", lambda h: h.manifest.tensors.append(h.manifest.tensors[3]), "tensor 'c' stands there twice"),
-    (
-        "vector twice",
-        lambda h: h.manifest.tensors.append(h.manifest.tensors[0]),
-        "vector 'counters' stands there twice",
-    ),
-    ("unknown role", lambda h: h.manifest.tensors.add(role="w", name="w", dtype="int8", shape=[0], offset=43), "'w'"),
-    ("role", lambda h: setattr(h.manifest.tensors[3], "role", "delta"), "tensor 'c' has the role 'delta'"),
-    ("missing vector", lambda h: setattr(h.manifest.tensors[0], "role", "tensor"), "it needs trainable"),
-    ("dtype", lambda h: setattr(h.manifest.tensors[3], "dtype", "os.system"), "tensor 'c' is of dtype 'os.system'"),
-    ("nbytes", lambda h: setattr(h.manifest.tensors[3], "nbytes", 4), "tensor 'c' claims 4 bytes"),
-    ("shape", lambda h: h.manifest.tensors[3].shape.append(2), "tensor 'c' claims 3 bytes, but its shape needs 6"),
-    ("overflow", lambda h: h.manifest.tensors[3].shape.extend([2**63, 2**63]), "tensor 'c' has the impossible shape"),
-    ("zero times huge", lambda h: h.manifest.tensors[3].shape.extend([0, 2**63]), "impossible shape"),
-    ("axes", lambda h: h.manifest.tensors[3].shape.extend([1] * 32), "impossible shape"),
-    ("swapped offsets", reorder, "begins at byte 40 where 0 was expected"),
-    ("gap", lambda h: setattr(h.manifest.tensors[3], "offset", 41), "tensor 'c' begins at byte 41 where 40"),
-    ("overlap", lambda h: setattr(h.manifest.tensors[3], "offset", 39), "tensor 'c' begins at byte 39 where 40"),
-    ("alignment", odd, "not aligned"),
-    ("huge", huge, "its manifest says 8796093022208|begins at byte 8 where"),
-    ("layout twice", lambda h: h.task.layout.append(h.task.layout[0]), "layout tensor 'net.weight' stands there twice"),
-    (
-        "segment",
-        lambda h: setattr(h.task.layout[0], "segment", "x"),
-        "the segment of layout tensor 'net.weight' is 'x'",
-    ),
-    ("layout dtype", lambda h: setattr(h.task.layout[3], "dtype", "S8"), "layout tensor 'head' is of dtype 'S8'"),
-    ("layout shape", lambda h: h.task.layout[3].shape.append(2**60), "layout tensor 'head' has the impossible shape"),
-    ("layout hash", lambda h: setattr(h.task.layout[3], "name", "neck"), "layout's hash"),
-    ("mixed dtypes", mix_dtypes, "convert the model to one dtype"),
-    ("frozen hash", lambda h: setattr(h.task, "frozen_hash", ""), "1 frozen tensors"),
-    ("kind", lambda h: setattr(h.task, "kind", ""), "kind is ''; this version knows train"),
-    ("lease", lambda h: setattr(h.task, "lease", -1), "lease is -1.0"),
-    ("setting twice", lambda h: h.task.settings.append(h.task.settings[0]), "setting 'mu' stands there twice"),
-    ("no setting", lambda h: h.task.settings[0].ClearField("value"), "setting 'mu' has no value"),
-    ("deep setting", nest, "nested lists in setting 'mu'"),
-    ("reply dtype", lambda h: h.task.reply.tensors.add(name="r", dtype="x"), "reply tensor 'r' is of dtype 'x'"),
-    ("reply shape", lambda h: h.task.reply.tensors.add(name="r", dtype="bool", shape=[2**60]), "reply tensor 'r' has"),
+MUTATIONS: list[tuple[Callable[[wire.Header], object], str]] = [
+    (lambda h: setattr(h.manifest, "byte_order", "big"), "byte order is 'big'"),
+    (lambda h: h.ClearField("manifest"), "byte order is ''"),
+    (lambda h: setattr(h.manifest, "total_bytes", 44), "has 43 bytes, its manifest says 44"),
+    (lambda h: setattr(h.manifest, "sha256", b"x"), "SHA-256"),
+    (lambda h: setattr(h.manifest.tensors[3], "name", ""), "a tensor has no name"),
+    (lambda h: h.manifest.tensors.append(h.manifest.tensors[3]), "tensor 'c' stands there twice"),
+    (lambda h: h.manifest.tensors.append(h.manifest.tensors[0]), "vector 'counters' stands there twice"),
+    (lambda h: h.manifest.tensors.add(role="w", name="w", dtype="int8", shape=[0], offset=43), "'w'"),
+    (lambda h: setattr(h.manifest.tensors[3], "role", "delta"), "tensor 'c' has the role 'delta'"),
+    (lambda h: setattr(h.manifest.tensors[0], "role", "tensor"), "it needs trainable"),
+    (lambda h: setattr(h.manifest.tensors[3], "dtype", "os.system"), "tensor 'c' is of dtype 'os.system'"),
+    (lambda h: setattr(h.manifest.tensors[3], "nbytes", 4), "tensor 'c' claims 4 bytes"),
+    (lambda h: h.manifest.tensors[3].shape.append(2), "tensor 'c' claims 3 bytes, but its shape needs 6"),
+    (lambda h: h.manifest.tensors[3].shape.extend([2**63, 2**63]), "tensor 'c' has the impossible shape"),
+    (lambda h: h.manifest.tensors[3].shape.extend([0, 2**63]), "impossible shape"),
+    (lambda h: h.manifest.tensors[3].shape.extend([1] * 32), "impossible shape"),
+    (reorder, "begins at byte 40, expected 0"),
+    (lambda h: setattr(h.manifest.tensors[3], "offset", 41), "tensor 'c' begins at byte 41, expected 40"),
+    (lambda h: setattr(h.manifest.tensors[3], "offset", 39), "tensor 'c' begins at byte 39, expected 40"),
+    (odd, "tensor 'counters' is not aligned at byte 3"),
+    (huge, "begins at byte 8, expected 8796093022208"),
+    (lambda h: h.task.layout.append(h.task.layout[0]), "layout tensor 'net.weight' stands there twice"),
+    (lambda h: setattr(h.task.layout[0], "segment", "x"), "the segment of layout tensor 'net.weight' is 'x'"),
+    (lambda h: setattr(h.task.layout[3], "dtype", "S8"), "layout tensor 'head' is of dtype 'S8'"),
+    (lambda h: h.task.layout[3].shape.append(2**60), "layout tensor 'head' has the impossible shape"),
+    (lambda h: setattr(h.task.layout[3], "name", "neck"), "layout's hash"),
+    (mix_dtypes, "convert the model to one dtype"),
+    (lambda h: setattr(h.task, "frozen_hash", ""), "1 frozen tensors"),
+    (lambda h: setattr(h.task, "kind", ""), "kind is ''; this version knows train"),
+    (lambda h: setattr(h.task, "lease", -1), "lease is -1.0"),
+    (lambda h: h.task.settings.append(h.task.settings[0]), "setting 'mu' stands there twice"),
+    (lambda h: h.task.settings[0].ClearField("value"), "setting 'mu' has no value"),
+    (nest, "nested lists in setting 'mu'"),
+    (lambda h: h.task.reply.tensors.add(name="r", dtype="x"), "reply tensor 'r' is of dtype 'x'"),
+    (lambda h: h.task.reply.tensors.add(name="r", dtype="bool", shape=[2**60]), "reply tensor 'r' has"),
 ]
 
 
-@pytest.mark.parametrize(("mutate", "message"), [m[1:] for m in MUTATIONS], ids=[m[0] for m in MUTATIONS])
+@pytest.mark.parametrize(("mutate", "message"), MUTATIONS, ids=[message for _, message in MUTATIONS])
 def test_the_receiver_refuses(mutate: Callable[[wire.Header], object], message: str) -> None:
     header, payload = pack(a_task())
     hostile = wire.Header.FromString(header)
@@ -522,8 +509,3 @@ def test_a_damaged_payload_is_always_refused(at: int, bit: int) -> None:
     for damaged in (bytes(flipped), payload[:at], payload + b"\0" * (at + 1)):
         with pytest.raises(CodecError, match="send it again"):
             codec.decode_task(header, damaged)
-
-
-@pytest.mark.skipif(sys.byteorder == "big", reason="speaks of this machine's own order")
-def test_wire_dtypes_are_the_machine_s_own() -> None:
-    assert all(dtype.isnative for dtype in codec.DTYPES.values())

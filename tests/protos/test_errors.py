@@ -1,0 +1,36 @@
+"""The exception tree and its one helper."""
+
+from __future__ import annotations
+
+import inspect
+import pickle
+
+import pytest
+
+from shoal.protos import errors
+from shoal.protos.errors import ClientError, ShoalError, nearest
+
+
+def test_every_error_is_in_the_tree_and_in_its_drawing() -> None:
+    found = {name for name, each in vars(errors).items() if inspect.isclass(each) and issubclass(each, ShoalError)}
+
+    assert found | {"nearest"} == set(errors.__all__)
+    assert all(name in (errors.__doc__ or "") for name in found)
+
+
+def test_a_client_error_keeps_its_traceback_between_processes() -> None:
+    error = pickle.loads(pickle.dumps(ClientError("it raised", "Traceback …")))
+
+    assert (str(error), error.traceback) == ("it raised", "Traceback …")
+
+
+@pytest.mark.parametrize(
+    ("word", "known", "expected"),
+    [
+        ("rouds", ["seed", "rounds"], " (did you mean 'rounds'?)"),
+        ("zzz", iter(["b", "a"]), " (known: a, b)"),
+        ("zzz", [], ""),
+    ],
+)
+def test_nearest(word: str, known: list[str], expected: str) -> None:
+    assert nearest(word, known) == expected
