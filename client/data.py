@@ -7,6 +7,7 @@ one client id a row. Nothing is ever unpickled. In error messages rows count fro
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -83,14 +84,16 @@ class Table:
     def __post_init__(self) -> None:
         for name, array in (("x", self.x), ("y", self.y)):
             if array.dtype.name not in DTYPES:
-                raise DataError(f"{name} is of dtype {array.dtype}, not {' or '.join(DTYPES)}; build it with table(x, y)")
+                raise DataError(
+                    f"{name} is of dtype {array.dtype}, not {' or '.join(DTYPES)}; build it with table(x, y)"
+                )
         if self.clients is not None and self.clients.dtype.kind != "U":
             raise DataError(f"clients is of dtype {self.clients.dtype}, not text; build it with table(x, y, clients)")
-        lengths = {"x": len(self.x), "y": len(self.y)} | ({} if self.clients is None else {"clients": len(self.clients)})
-        if len(set(lengths.values())) > 1:
-            raise DataError(f"{_listed(lengths)} differ in length; give one row for each example")
+        ids = len(self.x) if self.clients is None else len(self.clients)
+        if not len(self.x) == len(self.y) == ids:
+            raise DataError(f"x has {len(self.x)} rows, y {len(self.y)} and clients {ids}; give each row one of each")
         if len(self) == 0:
-            raise DataError("x and y have no rows; a table needs at least one")
+            raise DataError("x has no rows; a table needs at least one")
 
     def __len__(self) -> int:
         return len(self.x)
@@ -117,12 +120,13 @@ def table(
     must all be given the same ``class_names``, since one that lacks a class would count differently.
     DataError for text or missing values in ``x``, missing labels or ids; ``where`` names the source in it.
     """
+    features = _features(x, dtype, where)
     labels, names = _labels(y, class_names, where)
     ids = None if clients is None else _present(clients, "client id", where).astype(np.str_)
     try:
-        return Table(_features(x, dtype, where), labels, ids, names)
+        return Table(features, labels, ids, names)
     except DataError as error:
-        raise error if where in str(error) else DataError(f"{where}: {error}") from error
+        raise DataError(f"{where}: {error}") from error
 
 
 def as_table(result: Any, where: str) -> Table:
@@ -156,7 +160,7 @@ def read_npz(
                 if name not in archive.files:
                     raise DataError(f"{place} has no array {name!r}{nearest(name, archive.files)}")
             arrays = [archive[name] for name in names]
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{place} cannot be read ({error}); write it with np.savez from plain arrays") from error
     return table(_pixels(arrays[0]), *arrays[1:], dtype=dtype, class_names=class_names, where=str(place))
 
@@ -189,12 +193,12 @@ def read_parquet(
 ) -> Table:
     """A Parquet file, as :func:`read_csv`; DataError if pyarrow is not installed."""
     place = _existing(path)
-    arrow = _extra("pyarrow", "Parquet", "parquet")
+    _extra("pyarrow", "Parquet", "parquet")
     import pandas
 
     try:
         frame = pandas.read_parquet(place, engine="pyarrow")
-    except arrow.ArrowInvalid as error:
+    except ValueError as error:
         raise DataError(f"{place} is no Parquet file: {error}") from error
     return _from_frame(frame, place, label, client, features, class_names)
 
@@ -206,17 +210,19 @@ def read_image_folder(
     clients: bool = False,
     class_names: Sequence[str] | None = None,
 ) -> Table:
-    """Images from ``class/image.png``, or ``client/class/image.png`` with ``clients``, to float32 ``[N, C, H, W]`` in [0, 1].
+    """Images in ``class/image.png`` (``client/class/image.png`` with ``clients``): float32 ``[N, C, H, W]`` in [0, 1].
 
     ``size`` resizes each to a square. Classes are folder names, numbered in the order of ``class_names``, else
     sorted. DataError if Pillow is not installed, a file is no image, or without ``size`` if sizes differ.
     """
     opener = _extra("PIL.Image", "images", "images")
-    root = _existing(path)
+    root = _existing(path, folder=True)
     found = sorted(root.glob("*/*/*" if clients else "*/*"))
     files = [file for file in found if file.suffix.lower() in IMAGES and not file.name.startswith(".")]
     if not files:
-        layouts = "client/class/image.png" if clients else "class/image.png (or client/class/image.png with clients=true)"
+        layouts = (
+            "client/class/image.png" if clients else "class/image.png, or client/class/image.png with clients=true"
+        )
         raise DataError(f"no images in {root}; the layout is {layouts}")
     x = np.stack(_same_size([(file, _image(opener, file, size, grayscale)) for file in files]))
     names = [file.parent.name for file in files]
@@ -229,14 +235,11 @@ def read_function(spec: str, **arguments: Any) -> Table:
     return as_table(registry.build("shoal.datasets", spec, arguments, "data"), spec)
 
 
-def _listed(values: dict[str, int]) -> str:
-    return ", ".join(f"{name} ({value})" for name, value in values.items())
-
-
-def _existing(path: str | Path) -> Path:
+def _existing(path: str | Path, folder: bool = False) -> Path:
     place = Path(path).expanduser()
-    if not place.exists():
-        raise DataError(f"no such file {str(path)!r} (looked in {Path.cwd()}); correct data.path")
+    if not (place.is_dir() if folder else place.is_file()):
+        what = "folder" if folder else "file"
+        raise DataError(f"no such {what} {str(path)!r} (looked in {Path.cwd()}); correct the path")
     return place
 
 
@@ -292,9 +295,10 @@ def _features(values: Any, dtype: str, where: str) -> np.ndarray:
     columns = [str(name) for name in values.columns] if hasattr(values, "columns") else None
     if columns is not None:
         _check_columns(values, columns, where)
-        values = values.to_numpy(dtype="float64" if dtype == "float32" else dtype)
+        values = values.to_numpy(dtype="float64")  # mixed columns would come as objects
     array = _array(values, where)
-    if array.dtype.kind not in "fiub" or (dtype == "int64" and array.dtype.kind == "f"):
+    whole = dtype == "float32" or array.dtype.kind != "f" or bool((array == np.rint(array)).all())
+    if array.dtype.kind not in "fiub" or not whole:
         raise DataError(f"{where}: features of dtype {array.dtype} cannot become {dtype}; encode them as numbers first")
     with np.errstate(over="ignore"):  # what overflows is reported below, with its place
         array = np.ascontiguousarray(array, dtype=dtype)
@@ -312,7 +316,7 @@ def _check_columns(frame: Any, columns: Sequence[str], where: str) -> None:
     for name, (_, series) in zip(columns, frame.items(), strict=True):
         if not is_numeric_dtype(series.dtype):
             raise DataError(
-                f"{where}: column {name!r} is {series.dtype}, not numbers; encode it as numbers, or leave it out of features"
+                f"{where}: column {name!r} is {series.dtype}, not numbers; encode it, or leave it out of features"
             )
         if series.isna().any():
             row = int(series.isna().to_numpy().argmax())
@@ -355,6 +359,8 @@ def _pixels(array: np.ndarray) -> np.ndarray:
 def _image(opener: Any, file: Path, size: int | None, grayscale: bool) -> np.ndarray:
     try:
         with opener.open(file) as image:
+            if image.mode[0] in "IF":  # Pillow would clip them to 255 without a word
+                raise DataError(f"{file} has more than 8 bits a channel ({image.mode}); convert it to 8 bits first")
             pixels = image.convert("L" if grayscale else "RGB")
             return np.array(pixels if size is None else pixels.resize((size, size)))
     except OSError as error:

@@ -69,7 +69,7 @@ def evaluate(net: Net, local: LocalTraining, shard: Shard, chunk: int = 512) -> 
     net.module.eval()
     loss, metrics = loss_named(local.loss), dict(metric_named(metric) for metric in local.metrics)
     sums = dict.fromkeys(["loss", *metrics], 0.0)
-    for x, y in zip(shard.x.split(chunk), shard.y.split(chunk), strict=True):
+    for x, y in zip(torch.split(shard.x, chunk), torch.split(shard.y, chunk), strict=True):
         output = net.module(x)
         sums["loss"] += float(loss(output, y)) * len(x)
         for name, metric in metrics.items():

@@ -31,7 +31,7 @@ def batches(shard: Shard, size: int, epochs: int, rng: np.random.Generator) -> I
             yield shard.x, shard.y
             continue
         order = torch.from_numpy(rng.permutation(len(shard)))
-        yield from zip(shard.x[order].split(size), shard.y[order].split(size), strict=True)
+        yield from zip(torch.split(shard.x[order], size), torch.split(shard.y[order], size), strict=True)
 
 
 class LeanTrainer:
@@ -105,7 +105,7 @@ class LeanTrainer:
         net.module.train()
         net.load(at)
         total = torch.zeros_like(at) if backward else torch.zeros((), dtype=at.dtype)
-        for x, y in zip(shard.x.split(1024), shard.y.split(1024), strict=True):
+        for x, y in zip(torch.split(shard.x, 1024), torch.split(shard.y, 1024), strict=True):
             with torch.set_grad_enabled(backward):
                 loss = self._loss(net.module(x), y)
             if backward:

@@ -24,6 +24,8 @@ __all__ = ["Failure", "Kind", "Sent", "Setting", "Spec", "Task", "Update", "chec
 A = TypeVar("A")
 B = TypeVar("B")
 Setting = bool | int | float | str | bytes | list[Any]
+MOST = 1e12  # more examples or steps than anyone has: a client that claims them would outweigh all others
+DIVERGED = "training diverged; lower local.lr or set local.clip"
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -128,8 +130,11 @@ def check_update(
     """
     where = f"the update of client {client!r} in round {round}" if client else "the update"
     for name, number in (("examples", update.examples), ("steps", update.steps), ("lr_sum", update.lr_sum)):
-        if not isinstance(number, int | float) or not math.isfinite(number) or number < 0:
-            raise InvalidUpdate(f"{where} reports {name}={number!r}; it must be a finite number >= 0")
+        if not isinstance(number, int | float) or isinstance(number, bool) or not 0 <= number <= MOST:
+            raise InvalidUpdate(f"{where} reports {name}={number!r}; it must be a plain number from 0 to {MOST:.0e}")
+    for name, number in update.metrics.items():
+        if not math.isfinite(number):
+            raise InvalidUpdate(f"{where} reports {name}={number!r}: {DIVERGED}")
     _check_vector(update.delta, Spec(layout.dtype, (layout.size(Segment.TRAINABLE),)), "delta", where, layout)
     for name, segment, vector in (
         ("buffers", Segment.BUFFERS, update.buffers),
@@ -157,7 +162,4 @@ def _check_vector(vector: np.ndarray, spec: Spec, name: str, where: str, layout:
         index = int(np.flatnonzero(~np.isfinite(vector.ravel()))[0])
         segment = Segment.BUFFERS if name == "buffers" else Segment.TRAINABLE
         part = f" in tensor {layout.locate(segment, index)!r}" if vector.size == layout.size(segment) else ""
-        raise InvalidUpdate(
-            f"{where} holds {vector.ravel()[index]} in its {name}{part}: training diverged; "
-            f"lower local.lr or set local.clip"
-        )
+        raise InvalidUpdate(f"{where} holds {vector.ravel()[index]} in its {name}{part}: {DIVERGED}")

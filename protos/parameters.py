@@ -20,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -65,9 +66,8 @@ class Layout:
     entries: tuple[Entry, ...]
 
     def __post_init__(self) -> None:
-        names = [entry.name for entry in self.entries]
-        if len(set(names)) != len(names):
-            twice = next(name for name in names if names.count(name) > 1)
+        counts = Counter(entry.name for entry in self.entries)
+        for twice in (name for name, count in counts.items() if count > 1):
             raise InvalidUpdate(f"the layout names tensor {twice!r} twice; tensor names must be unique")
 
     @cached_property
@@ -172,10 +172,12 @@ class Parameters(Generic[A]):
 
 
 def frozen_hash(frozen: Mapping[str, Any]) -> str:
-    """SHA-256 over the names and bytes of numpy arrays; ``""`` for none."""
+    """SHA-256 over names, dtypes, shapes and bytes of numpy arrays; ``""`` for none."""
     if not frozen:
         return ""
     digest = hashlib.sha256()
     for name in sorted(frozen):
-        digest.update(name.encode() + b"\0" + frozen[name].tobytes())
+        array = frozen[name]
+        digest.update(json.dumps([name, str(array.dtype), list(array.shape)]).encode())
+        digest.update(array.tobytes())
     return digest.hexdigest()

@@ -176,16 +176,11 @@ def test_settings_keep_their_types() -> None:
     assert repr(sent) == repr(decoded.settings)
 
 
-def test_no_reply_is_not_an_empty_reply() -> None:
+def test_absent_is_not_empty() -> None:
     assert codec.decode_task(*pack(a_task(reply=None)))[0].reply is None
     assert codec.decode_task(*pack(a_task(reply={})))[0].reply == {}
-
-
-def test_absent_buffers_are_not_empty_buffers() -> None:
-    empty = np.empty(0, "float32")
-
     assert codec.decode_update(*pack(an_update())).buffers is None
-    assert bits(empty) == bits(codec.decode_update(*pack(an_update(buffers=empty))).buffers)
+    assert codec.decode_update(*pack(an_update(buffers=np.empty(0)))).buffers is not None
 
 
 def test_a_strategy_may_name_its_tensor_like_a_vector() -> None:
@@ -365,6 +360,8 @@ MUTATIONS: list[tuple[Callable[[wire.Header], object], str]] = [
     (lambda h: h.task.settings.append(h.task.settings[0]), "setting 'mu' stands there twice"),
     (lambda h: h.task.settings[0].ClearField("value"), "setting 'mu' has no value"),
     (nest, "nested lists in setting 'mu'"),
+    (lambda h: [h.task.reply.tensors.add(name="r", dtype="bool") for _ in "12"], "reply tensor 'r' stands there twice"),
+    (lambda h: [h.task.reply.tensors.add() for _ in range(2**14 + 1)], "16385 tensors in the reply, at most 16384"),
     (lambda h: h.task.reply.tensors.add(name="r", dtype="x"), "reply tensor 'r' is of dtype 'x'"),
     (lambda h: h.task.reply.tensors.add(name="r", dtype="bool", shape=[2**60]), "reply tensor 'r' has"),
 ]
@@ -399,12 +396,10 @@ def test_the_receiver_refuses_an_update(mutate: Callable[[wire.Header], object],
 
 
 def test_a_failure_has_no_tensors() -> None:
-    _, payload = pack(an_update(tensors={}))
-    hostile = wire.Header.FromString(pack(an_update(tensors={}))[0])
-    hostile.failure.client = "c"
+    header, payload = pack(an_update(tensors={}))
 
     with pytest.raises(CodecError, match="the failure brings tensor 'delta'"):
-        codec.decode_failure(hostile.SerializeToString(), payload)
+        codec.decode_failure(header + wire.Header(failure=wire.Failure()).SerializeToString(), payload)
 
 
 def test_one_content_is_not_taken_for_another() -> None:

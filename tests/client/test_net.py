@@ -1,0 +1,98 @@
+"""Module ↔ flat vectors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from shoal.client.net import Net, layout_of, load_parameters, parameters_of
+from shoal.protos.errors import ExperimentError, InvalidUpdate
+from shoal.protos.parameters import Segment
+
+
+class Tied(nn.Module):
+    """An output layer that shares the embedding's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(5, 3)
+        self.output = nn.Linear(3, 5, bias=False)
+        self.output.weight = self.embedding.weight
+
+
+def normed() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+
+
+def test_segments() -> None:
+    module = normed()
+    module[0].bias.requires_grad_(False)  # type: ignore[index, union-attr, operator]
+    layout = layout_of(module)
+
+    assert layout.size(Segment.TRAINABLE) == 12 + 3 + 3 + 6 + 2
+    assert [e.name for e in layout.of(Segment.BUFFERS)] == ["1.running_mean", "1.running_var"]
+    assert [e.name for e in layout.of(Segment.COUNTERS)] == ["1.num_batches_tracked"]
+    assert [e.name for e in layout.of(Segment.FROZEN)] == ["0.bias"]
+
+
+def test_tied_tensors_cross_once() -> None:
+    assert [e.name for e in layout_of(Tied()).entries] == ["embedding.weight"]
+    net = Net(Tied())
+    net.flat.fill_(2.0)
+
+    assert net.module.state_dict()["output.weight"].unique().tolist() == [2.0]
+
+
+def test_the_flat_vector_is_the_module() -> None:
+    net = Net(normed())
+    x = torch.randn(6, 4)
+    before = net.module(x)
+    net.flat.mul_(2)
+
+    assert not torch.equal(before, net.module(x))
+    assert torch.equal(parameters_of(net.module).trainable, net.flat)
+    assert all(torch.equal(view, weight) for view, weight in zip(net.split(net.flat), net.weights, strict=True))
+
+
+def test_named_values_are_the_state_dict() -> None:
+    module = normed()
+    named = parameters_of(module).named()
+
+    assert named.keys() == module.state_dict().keys()
+    assert all(torch.equal(named[name], value) for name, value in module.state_dict().items())
+
+
+def test_buffers_are_copied_in_and_out() -> None:
+    net = Net(normed())
+    net.module.train()
+    net.module(torch.randn(8, 4))
+    buffers, counters = net.read(Segment.BUFFERS), net.read(Segment.COUNTERS)
+    assert buffers is not None and counters is not None and counters.tolist() == [1]
+    other = Net(normed())
+    other.load(net.flat, buffers, counters)
+
+    assert all(torch.equal(a, b) for a, b in zip(net.module.buffers(), other.module.buffers(), strict=True))
+    assert torch.equal(other.flat, net.flat)
+
+
+def test_load_parameters_into_a_fresh_module() -> None:
+    module, fresh = normed(), normed()
+    load_parameters(fresh, parameters_of(module))
+
+    assert all(torch.equal(fresh.state_dict()[name], value) for name, value in module.state_dict().items())
+
+
+def test_a_half_precision_model_is_refused() -> None:
+    with pytest.raises(ExperimentError, match=r"'0.weight' is torch.bfloat16.*model.float\(\)"):
+        layout_of(nn.Sequential(nn.Linear(2, 2)).bfloat16())
+
+
+def test_mixed_precision_is_refused() -> None:
+    with pytest.raises(InvalidUpdate, match="one dtype"):
+        layout_of(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).double()))
+
+
+def test_a_model_with_nothing_to_train_is_refused() -> None:
+    with pytest.raises(ExperimentError, match="requires_grad"):
+        layout_of(nn.Flatten())

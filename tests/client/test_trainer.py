@@ -1,0 +1,202 @@
+"""The lean trainer against PyTorch's own optimizers and a hand-written loop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from shoal.client.client import Client, FitTrainer, Task, Work
+from shoal.client.data import Shard
+from shoal.client.local import LocalTraining
+from shoal.client.net import Net
+from shoal.client.trainer import LeanTrainer, batches
+from shoal.protos.errors import ExperimentError, InvalidUpdate
+from shoal.strategies.base import Drift
+
+
+def shard(rows: int = 23) -> Shard:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(rows, 4, dtype=torch.float64, generator=generator)
+    return Shard(x, torch.randint(0, 3, (rows,), generator=generator))
+
+
+def module() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+
+
+def rng() -> np.random.Generator:
+    return np.random.default_rng(7)
+
+
+def lean(local: LocalTraining, drift: Drift | None = None, **run: Any) -> Tensor:
+    net = Net(module())
+    start = net.flat.clone()
+    return start + LeanTrainer(net, local, shard(), rng(), local.lr).run(start, drift=drift, **run).delta
+
+
+def by_hand(local: LocalTraining, make: Any, drift: Drift | None = None) -> Tensor:
+    """The same batches through torch.optim, with the drift put into ``.grad``."""
+    model = module()
+    optimizer = make(model.parameters())
+    for x, y in batches(shard(), local.batch_size, local.epochs, rng()):
+        optimizer.zero_grad()
+        functional.cross_entropy(model(x), y).backward()
+        if drift is not None:
+            flat = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+            added = drift(flat) if callable(drift) else drift
+            for p, part in zip(model.parameters(), added.split([p.numel() for p in model.parameters()]), strict=True):
+                assert p.grad is not None
+                p.grad += part.view_as(p)
+        if local.clip is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), local.clip)
+        optimizer.step()
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+
+
+CASES = {
+    "sgd": (LocalTraining(lr=0.1, batch_size=5, epochs=3), lambda p: torch.optim.SGD(p, lr=0.1)),
+    "momentum": (
+        LocalTraining(lr=0.1, batch_size=5, epochs=3, momentum=0.9),
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+    ),
+    "nesterov": (
+        LocalTraining(lr=0.1, batch_size=5, epochs=3, momentum=0.9, nesterov=True, weight_decay=0.01),
+        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
+    ),
+    "clip": (LocalTraining(lr=0.1, batch_size=5, clip=0.05), lambda p: torch.optim.SGD(p, lr=0.1)),
+    "adam": (
+        LocalTraining("adam", lr=0.01, batch_size=5, epochs=3, weight_decay=0.1),
+        lambda p: torch.optim.Adam(p, lr=0.01, weight_decay=0.1),
+    ),
+    "adamw": (
+        LocalTraining("adamw", lr=0.01, batch_size=5, epochs=3, weight_decay=0.1, betas=(0.8, 0.95), eps=1e-6),
+        lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1, betas=(0.8, 0.95), eps=1e-6),
+    ),
+    "full batch": (LocalTraining(lr=0.1, batch_size=0, epochs=3), lambda p: torch.optim.SGD(p, lr=0.1)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("drift", [None, torch.full((43,), 0.3, dtype=torch.float64), lambda w: 0.5 * w], ids=str)
+def test_equals_torch_optim(name: str, drift: Drift | None) -> None:
+    local, make = CASES[name]
+
+    torch.testing.assert_close(lean(local, drift), by_hand(local, make, drift), rtol=1e-12, atol=1e-12)
+
+
+def test_an_epoch_sees_each_example_once() -> None:
+    drawn = [(x[:, None] == shard().x).all(-1).nonzero()[:, 1] for x, _ in batches(shard(), 5, 1, rng())]
+    seen = torch.cat(drawn).tolist()
+
+    assert sorted(seen) == list(range(23))
+    assert seen != sorted(seen)
+
+
+def test_every_epoch_has_its_own_order() -> None:
+    parts = [x for x, _ in batches(shard(20), 5, 2, rng())]
+
+    assert not torch.equal(torch.cat(parts[:4]), torch.cat(parts[4:]))
+
+
+def test_reports_the_work_done() -> None:
+    net, local = Net(module()), LocalTraining(lr=0.1, batch_size=5, epochs=2)
+    update = LeanTrainer(net, local, shard(), rng(), 0.1).run(net.flat.clone())
+
+    assert (update.examples, update.steps, update.lr_sum) == (23, 10, pytest.approx(1.0))
+    assert 0 < update.metrics["loss"] < 2
+    assert update.buffers is None and update.counters is None
+
+
+def test_steps_replace_epochs() -> None:
+    net, local = Net(module()), LocalTraining(lr=0.1, batch_size=5, epochs=9, steps=7)
+
+    assert LeanTrainer(net, local, shard(), rng(), 0.1).run(net.flat.clone()).steps == 7
+    assert LeanTrainer(net, local, shard(), rng(), 0.1).run(net.flat.clone(), epochs=1).steps == 5
+
+
+def test_loss_and_gradient_over_the_whole_shard() -> None:
+    net, data = Net(module()), shard()
+    trainer = LeanTrainer(net, LocalTraining(), data, rng(), 0.1)
+    at = net.flat.clone()
+    model = module()
+    expected = functional.cross_entropy(model(data.x), data.y)
+    gradient = torch.cat([g.reshape(-1) for g in torch.autograd.grad(expected, list(model.parameters()))])
+
+    torch.testing.assert_close(trainer.loss(at), expected.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(trainer.gradient(at), gradient, rtol=1e-12, atol=1e-12)
+
+
+def test_the_gradient_leaves_batch_statistics_alone() -> None:
+    net = Net(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).double())
+    before = [b.clone() for b in net.module.buffers()]
+    LeanTrainer(net, LocalTraining(), shard(), rng(), 0.1).gradient(net.flat.clone())
+
+    assert all(torch.equal(a, b) for a, b in zip(before, net.module.buffers(), strict=True))
+
+
+def test_a_parameter_that_the_loss_does_not_reach_stays() -> None:
+    model = module()
+    model.register_parameter("unused", nn.Parameter(torch.ones(2, dtype=torch.float64)))
+    net = Net(model)
+    LeanTrainer(net, LocalTraining(), shard(), rng(), 0.1).run(net.flat.clone())
+
+    assert torch.equal(model.unused, torch.ones(2, dtype=torch.float64))  # type: ignore[arg-type]
+
+
+class ByHand(Client):
+    """The declared training, written out."""
+
+    def fit(self, work: Work) -> dict[str, float]:
+        optimizer = torch.optim.SGD(work.model.parameters(), lr=0.1)
+        for x, y in work.batches():
+            work.step(functional.cross_entropy(work.model(x), y), optimizer)
+        return {"mine": 1}
+
+
+class Lazy(Client):
+    """Trains nothing."""
+
+    def fit(self, work: Work) -> None:
+        return None
+
+
+def fit(client: Client, drift: Drift | None) -> Any:
+    net, local = Net(module()), LocalTraining(lr=0.1, batch_size=5, epochs=2)
+    start = net.flat.clone()
+    return FitTrainer(client, Task("a", 1), net, local, shard(), rng(), 0.1).run(start, drift=drift)
+
+
+@pytest.mark.parametrize("drift", [None, torch.full((43,), 0.3, dtype=torch.float64), lambda w: 0.5 * w], ids=str)
+def test_a_custom_fit_obeys_the_strategy(drift: Drift | None) -> None:
+    local = LocalTraining(lr=0.1, batch_size=5, epochs=2)
+    update = fit(ByHand(), drift)
+
+    torch.testing.assert_close(Net(module()).flat + update.delta, lean(local, drift), rtol=1e-12, atol=1e-12)
+    assert (update.steps, update.lr_sum, update.metrics) == (10, pytest.approx(1.0), {"mine": 1.0})
+
+
+def test_a_fit_that_skips_the_correction_is_refused() -> None:
+    assert fit(Lazy(), None).steps == 0
+    with pytest.raises(InvalidUpdate, match=r"client 'a'.*work.step"):
+        fit(Lazy(), torch.zeros(43, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"optimizer": "adam", "momentum": 0.9}, "local.betas"),
+        ({"nesterov": True}, "needs local.momentum"),
+        ({"lr": 0.0}, "local.lr is 0.0"),
+        ({"epochs": 0}, "must be >= 1"),
+    ],
+)
+def test_impossible_local_training(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ExperimentError, match=message):
+        LocalTraining(**arguments)

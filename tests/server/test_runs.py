@@ -1,0 +1,90 @@
+"""The run folder."""
+
+from __future__ import annotations
+
+import json
+import math
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from shoal.protos.errors import RunError
+from shoal.protos.messages import Failure
+from shoal.server.coordinator import Round
+from shoal.server.fleet import Report
+from shoal.server.runs import RunFolder, list_runs
+
+
+def test_numbers_rise_and_nothing_is_overwritten(tmp_path: Path) -> None:
+    names = [RunFolder.create(tmp_path, name).path.name for name in ("a", "b", "../c d")]
+
+    assert names == ["0001-a", "0002-b", "0003-c-d"]
+
+
+def test_many_at_once(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as threads:
+        made = list(threads.map(lambda _: RunFolder.create(tmp_path, "x").path.name, range(20)))
+
+    assert len(set(made)) == 20
+
+
+def test_open_by_number(tmp_path: Path) -> None:
+    made = RunFolder.create(tmp_path, "x")
+    made.write("experiment.toml", "")
+
+    assert RunFolder.open(tmp_path / "1").path == made.path == RunFolder.open(made.path).path
+    assert [run.path for run in list_runs(tmp_path)] == [made.path]
+    for missing in (tmp_path / "2", tmp_path / "x"):
+        with pytest.raises(RunError, match="shoal runs"):
+            RunFolder.open(missing)
+
+
+def test_lines_of_a_round(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    reports = [Report("b", {"examples": 3.0, "loss": 0.5}), Report("a", {"examples": 4.0})]
+    folder.on_round(Round(1, {"counted": 2.0, "loss": math.nan}, reports, [Failure("c", 1, "why")], [Report("a", {})]))
+    folder.close()
+    train, evaluate = folder.lines("clients.jsonl")
+
+    assert next(folder.lines("metrics.jsonl")) == {"round": 1, "counted": 2, "loss": None}
+    assert train == {
+        "round": 1,
+        "kind": "train",
+        "client": ["b", "a"],
+        "examples": [3, 4],
+        "loss": [0.5, None],
+        "failed": [{"client": "c", "reason": "why"}],
+    }
+    assert evaluate == {"round": 1, "kind": "evaluate", "client": ["a"]}
+
+
+def test_a_failure_is_logged_with_its_traceback(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.on_failure(Failure("c", 2, "why", "Traceback …"))
+    folder.close()
+    line = next(folder.lines("log.jsonl"))
+
+    assert (line["event"], line["client"], line["traceback"]) == ("client failed", "c", "Traceback …")
+
+
+def test_rewind_drops_later_rounds_and_torn_lines(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    for number in range(5):
+        folder.on_round(Round(number, {"x": 0.25}))
+    folder.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"round": 5, "x"')
+    folder.rewind(2)
+
+    assert [line["round"] for line in folder.lines("metrics.jsonl")] == [0, 1, 2]
+
+
+def test_whole_files_are_replaced_at_once(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.write("summary.json", {"a": 1.0, "b": math.inf})
+
+    assert json.loads((tmp_path / "summary.json").read_text()) == {"a": 1, "b": None}
+    assert folder.read("summary.json") == {"a": 1, "b": None}
+    with pytest.raises(RunError, match="missing.json"):
+        folder.read("missing.json")
