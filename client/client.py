@@ -45,7 +45,7 @@ class Work:
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches that declared training would see."""
-        return batches(self.data, self.local.batch_size, self.epochs, self.rng)
+        return batches(self.data, self.local.batch_size, self.epochs, self.rng, self.local.drop_last)
 
     def step(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
         """One optimizer step: zero the gradients, backward, the strategy's correction, step."""

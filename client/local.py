@@ -21,12 +21,13 @@ class LocalTraining:
     returns the batch mean, a metric one number an example. ``optimizer`` is ``"sgd"``, ``"adam"`` or ``"adamw"``
     with PyTorch's rules, made anew for every task. In round r the learning rate is ``lr * lr_decay ** (r - 1)``.
     ``clip`` bounds the norm of every batch gradient. ``batch_size=0`` takes the whole shard as one batch. Each epoch
-    shuffles anew; the last, smaller batch of an epoch is kept.
+    shuffles anew; its last, smaller batch is kept unless ``drop_last`` (BatchNorm cannot train on a batch of one).
     """
 
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     lr: Annotated[float, Gt(0)] = 0.1
     batch_size: Annotated[int, Ge(0)] = 32
+    drop_last: bool = False
     epochs: Annotated[int, Ge(1)] = 1
     steps: Annotated[int, Ge(1)] | None = None
     momentum: Annotated[float, Ge(0), Lt(1)] = 0.0

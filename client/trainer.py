@@ -24,13 +24,17 @@ from shoal.strategies.base import Drift, Update
 __all__ = ["LeanTrainer", "batches"]
 
 
-def batches(shard: Shard, size: int, epochs: int, rng: np.random.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-    """``epochs`` passes in batches of ``size`` (0: all at once), each pass in a new order, the last batch kept."""
+def batches(
+    shard: Shard, size: int, epochs: int, rng: np.random.Generator, drop_last: bool = False
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """``epochs`` passes in batches of ``size`` (0: all at once), each pass in a new order."""
     for _ in range(epochs):
         if size == 0 or size >= len(shard):
             yield shard.x, shard.y
             continue
         order = torch.from_numpy(rng.permutation(len(shard)))
+        if drop_last:
+            order = order[: len(order) // size * size]
         yield from zip(torch.split(shard.x[order], size), torch.split(shard.y[order], size), strict=True)
 
 
@@ -64,11 +68,11 @@ class LeanTrainer:
         )
 
     def _batches(self, epochs: int | None) -> Iterator[tuple[Tensor, Tensor]]:
-        local, size = self._local, self._local.batch_size
-        if epochs is None and local.steps is not None:
-            # Each pass yields at least one batch, so this many passes are always enough.
-            return islice(batches(self._shard, size, local.steps, self._rng), local.steps)
-        return batches(self._shard, size, local.epochs if epochs is None else epochs, self._rng)
+        local = self._local
+        limit = local.steps if epochs is None else None
+        # Each pass yields at least one batch, so as many passes as steps are always enough.
+        passes = limit or (local.epochs if epochs is None else epochs)
+        return islice(batches(self._shard, local.batch_size, passes, self._rng, local.drop_last), limit)
 
     def _step_plain(self, gradients: tuple[Tensor, ...], drift: Drift | None) -> None:
         """w ← w − lr (g + drift), without gathering g into one vector."""

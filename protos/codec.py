@@ -18,8 +18,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Any, TypeVar
 
@@ -28,50 +27,47 @@ from google.protobuf.message import DecodeError, EncodeError
 
 from shoal.protos import fleet_pb2 as wire
 from shoal.protos.errors import CodecError, InvalidUpdate
+from shoal.protos.manifest import (
+    DTYPES,
+    LIMITS,
+    ON_WIRE,
+    TENSOR,
+    Arrays,
+    Limits,
+    at_most,
+    check_manifest,
+    check_names,
+    known_dtype,
+    quote,
+    shape_of,
+    views,
+    wire_dtype,
+    write_manifest,
+)
 from shoal.protos.messages import Failure, Kind, Setting, Spec, Task, Update
 from shoal.protos.parameters import Entry, Layout, Parameters, Segment, frozen_hash
 
-__all__ = ["DTYPES", "LIMITS", "Limits", "decode_failure", "decode_task", "decode_update", "encode"]
+__all__ = ["decode_failure", "decode_task", "decode_update", "encode"]
 
-WIDTHS = {"float64": "<f8", "int64": "<i8", "float32": "<f4", "int32": "<i4", "float16": "<f2", "bfloat16": "<u2"}
-DTYPES = {name: np.dtype(code) for name, code in (WIDTHS | {"int8": "i1", "uint8": "u1", "bool": "?"}).items()}
-ON_WIRE = {dtype.name: name for name, dtype in DTYPES.items()}
-AXES = 32  # numpy 1's own limit
-ELEMENTS = 2**56  # even in bytes far below 2⁶³, where numpy's own arithmetic ends
 DEPTH = 16  # of lists in settings; protobuf gives up at 50
 MODEL = ("trainable", "buffers", "counters")
-TENSOR = "tensor"  # the role of a strategy's own tensors; any other role is that of one vector
 
-Arrays = dict[tuple[str, str], np.ndarray]  # by role and name
 Value = Task[np.ndarray] | Update[np.ndarray] | Failure
 E = TypeVar("E", bound=StrEnum)
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What is accepted: bytes of header and payload, tensors in a table, characters in a name."""
-
-    header: int = 2**20  # parsed, a hostile header takes up to 30 times its size
-    payload: int = 2**32
-    tensors: int = 2**14
-    name: int = 512
-
-
-LIMITS = Limits()
 
 
 def encode(value: Value, *, limits: Limits = LIMITS) -> tuple[bytes, list[memoryview]]:
     """The header and the parts of the payload, to be sent one after the other."""
     try:
         header, arrays = _write(value)
-        buffers = _write_manifest(header.manifest, arrays)
+        buffers = write_manifest(header.manifest, arrays)
         data = header.SerializeToString()
     except (EncodeError, TypeError, ValueError) as error:
         what = type(value).__name__.lower()
         raise CodecError(f"the {what} has no wire form: {error}; give each field its declared type") from error
     # Read by the receiver's own rules, so that what leaves here is not refused there.
-    _at_most(limits.header, len(data), "bytes in the header")
-    _check_manifest(header.manifest, header.manifest.total_bytes, limits)
+    at_most(limits.header, len(data), "bytes in the header")
+    check_manifest(header.manifest, header.manifest.total_bytes, limits)
     _read(header, arrays, limits)
     return data, buffers
 
@@ -101,27 +97,10 @@ def decode_failure(header: bytes, payload: bytes | memoryview = b"", *, limits: 
     return _read_failure(message.failure, arrays)
 
 
-# The tensors: manifest and payload.
-
-
-def _write_manifest(manifest: wire.Manifest, arrays: Arrays) -> list[memoryview]:
-    digest, buffers, offset = hashlib.sha256(), [], 0
-    # Larger items first: then every tensor is aligned without padding.
-    for (role, name), array in sorted(arrays.items(), key=lambda item: -item[1].dtype.itemsize):
-        dtype = _on_wire(array.dtype.name, f"tensor {_quote(name)}")
-        flat = np.ascontiguousarray(array, DTYPES[dtype]).reshape(-1).view(np.uint8)
-        buffers.append(flat.data.toreadonly())
-        digest.update(flat.data)
-        manifest.tensors.add(name=name, role=role, dtype=dtype, shape=array.shape, offset=offset, nbytes=flat.nbytes)
-        offset += flat.nbytes
-    manifest.byte_order, manifest.total_bytes, manifest.sha256 = "little", offset, digest.digest()
-    return buffers
-
-
 def _open(
     content: str, header: bytes, payload: bytes | memoryview, limits: Limits, verify: bool
 ) -> tuple[wire.Header, Arrays]:
-    _at_most(limits.header, len(header), "bytes in the header")
+    at_most(limits.header, len(header), "bytes in the header")
     try:
         message = wire.Header.FromString(header)
     except (DecodeError, ValueError) as error:  # a ValueError where protobuf runs without its C library
@@ -130,57 +109,10 @@ def _open(
     if found != content:
         raise CodecError(f"expected a header with {content}, got {found}; run the same version of Shoal on both sides")
     data = memoryview(payload)
-    _check_manifest(message.manifest, data.nbytes, limits)
+    check_manifest(message.manifest, data.nbytes, limits)
     if verify and hashlib.sha256(data).digest() != message.manifest.sha256:
         raise CodecError(f"the payload of the {content} is damaged: its SHA-256 differs; send it again")
-    return message, _views(message.manifest, data)
-
-
-def _check_manifest(manifest: wire.Manifest, size: int, limits: Limits) -> None:
-    if manifest.byte_order != "little":
-        raise CodecError(f"the byte order is {_quote(manifest.byte_order)}; send 'little'")
-    _at_most(limits.payload, size, "bytes in the payload")
-    _at_most(limits.tensors, len(manifest.tensors), "tensors in the payload")
-    _check_names((t.name for t in manifest.tensors if t.role == TENSOR), "tensor", limits)
-    _check_names((t.role for t in manifest.tensors if t.role != TENSOR), "vector", limits)
-    end = 0
-    for tensor in manifest.tensors:
-        end = _check_tensor(tensor, end)
-    if not end == manifest.total_bytes == size:
-        raise CodecError(
-            f"the payload has {size} bytes, its manifest says {manifest.total_bytes} and its tensors need {end}; "
-            f"send it again"
-        )
-
-
-def _check_tensor(tensor: wire.Tensor, offset: int) -> int:
-    what = f"tensor {_quote(tensor.name)}"
-    if tensor.role != TENSOR and tensor.name != tensor.role:
-        raise CodecError(f"{what} has the role {_quote(tensor.role)}; a vector is named as its role")
-    itemsize = DTYPES[_known(tensor.dtype, what)].itemsize
-    nbytes = math.prod(_shape(tensor.shape, what)) * itemsize
-    if tensor.nbytes != nbytes:
-        raise CodecError(f"{what} claims {tensor.nbytes} bytes, but its shape needs {nbytes}; send it again")
-    if tensor.offset != offset:
-        raise CodecError(f"{what} begins at byte {tensor.offset}, expected {offset}; put one tensor behind the other")
-    if offset % itemsize:
-        raise CodecError(f"{what} is not aligned at byte {offset}; put tensors of larger items first")
-    return offset + nbytes
-
-
-def _views(manifest: wire.Manifest, payload: memoryview) -> Arrays:
-    data = np.frombuffer(payload, np.uint8) if payload.nbytes else np.empty(0, np.uint8)
-    data.flags.writeable = False
-    arrays: Arrays = {}
-    for tensor in manifest.tensors:
-        part = data[tensor.offset : tensor.offset + tensor.nbytes]
-        if tensor.dtype == "bool" and part.max(initial=0) > 1:
-            raise CodecError(f"tensor {_quote(tensor.name)} of bool has a byte {part.max()}; send 0 or 1")
-        arrays[tensor.role, tensor.name] = part.view(DTYPES[tensor.dtype]).reshape(tuple(tensor.shape))
-    return arrays
-
-
-# The values.
+    return message, views(message.manifest, data)
 
 
 def _write(value: Value) -> tuple[wire.Header, Arrays]:
@@ -196,7 +128,7 @@ def _write(value: Value) -> tuple[wire.Header, Arrays]:
     arrays |= {(TENSOR, name): tensor for name, tensor in value.tensors.items()}
     for (_, name), array in arrays.items():
         if not isinstance(array, np.ndarray):
-            raise CodecError(f"tensor {_quote(name)} is a {type(array).__name__}; convert it to a numpy array")
+            raise CodecError(f"tensor {quote(name)} is a {type(array).__name__}; convert it to a numpy array")
     return header, arrays
 
 
@@ -218,7 +150,7 @@ def _write_task(task: Task[np.ndarray]) -> wire.Task:
         layout_hash=layout.hash,
         frozen_hash=frozen_hash(task.model.frozen),
         settings=[
-            wire.NamedSetting(name=name, value=_write_setting(value, f"setting {_quote(name)}"))
+            wire.NamedSetting(name=name, value=_write_setting(value, f"setting {quote(name)}"))
             for name, value in task.settings.items()
         ],
         reply=None if task.reply is None else _write_reply(task.reply),
@@ -231,7 +163,7 @@ def _read_task(task: wire.Task, arrays: Arrays, limits: Limits) -> Task[np.ndarr
     layout = _read_layout(task, limits)
     vectors, tensors = _split(arrays, "task", MODEL)
     _check_model(vectors, layout)
-    _check_names((s.name for s in task.settings), "setting", limits)
+    check_names((s.name for s in task.settings), "setting", limits)
     if not 0 <= task.lease < math.inf:
         raise CodecError(f"the task's lease is {task.lease}; it must be a finite number of seconds >= 0")
     return Task(
@@ -240,7 +172,7 @@ def _read_task(task: wire.Task, arrays: Arrays, limits: Limits) -> Task[np.ndarr
         task.version,
         Parameters(layout, vectors["trainable"], vectors["buffers"], vectors["counters"]),
         tensors,
-        {s.name: _read_setting(s.value, f"setting {_quote(s.name)}") for s in task.settings},
+        {s.name: _read_setting(s.value, f"setting {quote(s.name)}") for s in task.settings},
         _read_reply(task.reply, limits) if task.HasField("reply") else None,
         task.nonce,
         task.lease,
@@ -248,20 +180,20 @@ def _read_task(task: wire.Task, arrays: Arrays, limits: Limits) -> Task[np.ndarr
 
 
 def _read_layout(task: wire.Task, limits: Limits) -> Layout:
-    _at_most(limits.tensors, len(task.layout), "tensors in the layout")
-    _check_names((e.name for e in task.layout), "layout tensor", limits)
+    at_most(limits.tensors, len(task.layout), "tensors in the layout")
+    check_names((e.name for e in task.layout), "layout tensor", limits)
     entries = []
     for e in task.layout:
-        what = f"layout tensor {_quote(e.name)}"
+        what = f"layout tensor {quote(e.name)}"
         segment = _member(Segment, e.segment, f"the segment of {what}")
-        entries.append(Entry(e.name, segment, _known(e.dtype, what), _shape(e.shape, what)))
+        entries.append(Entry(e.name, segment, known_dtype(e.dtype, what), shape_of(e.shape, what)))
     layout = Layout(tuple(entries))
     if layout.hash != task.layout_hash:
         raise CodecError("the layout's hash does not fit its tensors; run the same version of Shoal on both sides")
     frozen = len(layout.of(Segment.FROZEN))
     if not re.fullmatch("[0-9a-f]{64}" if frozen else "", task.frozen_hash):
         raise CodecError(
-            f"the layout has {frozen} frozen tensors, but the hash of their values is {_quote(task.frozen_hash)}; "
+            f"the layout has {frozen} frozen tensors, but the hash of their values is {quote(task.frozen_hash)}; "
             f"encode the task with the values of all of them"
         )
     return layout
@@ -285,19 +217,19 @@ def _check_model(vectors: dict[str, np.ndarray], layout: Layout) -> None:
 def _write_reply(reply: Mapping[str, Spec]) -> wire.Reply:
     return wire.Reply(
         tensors=[
-            wire.Spec(name=name, dtype=_on_wire(spec.dtype, f"reply tensor {_quote(name)}"), shape=spec.shape)
+            wire.Spec(name=name, dtype=wire_dtype(spec.dtype, f"reply tensor {quote(name)}"), shape=spec.shape)
             for name, spec in reply.items()
         ]
     )
 
 
 def _read_reply(reply: wire.Reply, limits: Limits) -> dict[str, Spec]:
-    _at_most(limits.tensors, len(reply.tensors), "tensors in the reply")
-    _check_names((s.name for s in reply.tensors), "reply tensor", limits)
+    at_most(limits.tensors, len(reply.tensors), "tensors in the reply")
+    check_names((s.name for s in reply.tensors), "reply tensor", limits)
     specs = {}
     for s in reply.tensors:
-        what = f"reply tensor {_quote(s.name)}"
-        specs[s.name] = Spec(DTYPES[_known(s.dtype, what)].name, _shape(s.shape, what))
+        what = f"reply tensor {quote(s.name)}"
+        specs[s.name] = Spec(DTYPES[known_dtype(s.dtype, what)].name, shape_of(s.shape, what))
     return specs
 
 
@@ -307,7 +239,7 @@ def _write_update(update: Update[np.ndarray]) -> wire.Update:
         steps=_write_number(update.steps, "steps"),
         lr_sum=_write_number(update.lr_sum, "lr_sum"),
         metrics=[
-            wire.Metric(name=name, value=_write_number(value, f"metric {_quote(name)}"))
+            wire.Metric(name=name, value=_write_number(value, f"metric {quote(name)}"))
             for name, value in update.metrics.items()
         ],
     )
@@ -315,7 +247,7 @@ def _write_update(update: Update[np.ndarray]) -> wire.Update:
 
 def _read_update(update: wire.Update, arrays: Arrays, limits: Limits) -> Update[np.ndarray]:
     vectors, tensors = _split(arrays, "update", ("delta",), ("buffers", "counters"))
-    _check_names((m.name for m in update.metrics), "metric", limits)
+    check_names((m.name for m in update.metrics), "metric", limits)
     return Update(
         vectors["delta"],
         _read_number(update.examples, "examples"),
@@ -324,13 +256,13 @@ def _read_update(update: wire.Update, arrays: Arrays, limits: Limits) -> Update[
         tensors,
         vectors.get("buffers"),
         vectors.get("counters"),
-        {m.name: _read_number(m.value, f"metric {_quote(m.name)}") for m in update.metrics},
+        {m.name: _read_number(m.value, f"metric {quote(m.name)}") for m in update.metrics},
     )
 
 
 def _read_failure(failure: wire.Failure, arrays: Arrays) -> Failure:
     if arrays:
-        raise CodecError(f"the failure brings tensor {_quote(next(iter(arrays))[1])}; a failure has none")
+        raise CodecError(f"the failure brings tensor {quote(next(iter(arrays))[1])}; a failure has none")
     return Failure(failure.client, failure.round, failure.reason, failure.traceback)
 
 
@@ -339,7 +271,7 @@ def _split(
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     vectors = {role: array for (role, _), array in arrays.items() if role != TENSOR}
     if not set(needed) <= vectors.keys() <= {*needed, *allowed}:
-        found = ", ".join(map(_quote, vectors)) or "none"
+        found = ", ".join(map(quote, vectors)) or "none"
         raise CodecError(f"the {what} has the vectors {found}; it needs {', '.join(needed)}")
     return vectors, {name: array for (role, name), array in arrays.items() if role == TENSOR}
 
@@ -360,7 +292,7 @@ def _read_number(number: wire.Number, what: str) -> float:
 
 
 def _write_setting(value: Any, what: str, depth: int = 0) -> wire.Setting:
-    _at_most(DEPTH, depth, f"nested lists in {what}")
+    at_most(DEPTH, depth, f"nested lists in {what}")
     match value:
         case bool():
             return wire.Setting(boolean=value)
@@ -378,7 +310,7 @@ def _write_setting(value: Any, what: str, depth: int = 0) -> wire.Setting:
 
 
 def _read_setting(setting: wire.Setting, what: str, depth: int = 0) -> Setting:
-    _at_most(DEPTH, depth, f"nested lists in {what}")
+    at_most(DEPTH, depth, f"nested lists in {what}")
     kind = setting.WhichOneof("value")
     if kind is None:
         raise CodecError(f"{what} has no value that this version knows; run the same version of Shoal on both sides")
@@ -388,56 +320,14 @@ def _read_setting(setting: wire.Setting, what: str, depth: int = 0) -> Setting:
     return value
 
 
-# What both parts check.
-
-
-def _at_most(limit: int, size: int, what: str) -> None:
-    if size > limit:
-        raise CodecError(f"{size} {what}, at most {limit} are accepted; send less or raise the limit on both sides")
-
-
-def _check_names(names: Iterable[str], what: str, limits: Limits) -> None:
-    seen: set[str] = set()
-    for name in names:
-        if not name:
-            raise CodecError(f"a {what} has no name; name it")
-        _at_most(limits.name, len(name), f"characters in the name of {what} {_quote(name)}")
-        if name in seen:
-            raise CodecError(f"{what} {_quote(name)} stands there twice; names must be unique")
-        seen.add(name)
-
-
-def _shape(shape: Sequence[int], what: str) -> tuple[int, ...]:
-    if len(shape) > AXES or math.prod(max(n, 1) for n in shape) > ELEMENTS:
-        raise CodecError(f"{what} has the impossible shape {list(shape[:AXES])}; at most {AXES} axes, 2**56 elements")
-    return tuple(shape)
-
-
-def _known(dtype: str, what: str) -> str:
-    if dtype not in DTYPES:
-        raise CodecError(f"{what} is of dtype {_quote(dtype)}; convert it to one of {', '.join(DTYPES)}")
-    return dtype
-
-
-def _on_wire(dtype: str, what: str) -> str:
-    if dtype not in ON_WIRE:
-        raise CodecError(f"{what} is of numpy dtype {_quote(dtype)}; convert it to one of {', '.join(ON_WIRE)}")
-    return ON_WIRE[dtype]
-
-
 def _member(kind: type[E], text: str, what: str) -> E:
     try:
         return kind(text)
     except ValueError:
-        raise CodecError(f"{what} is {_quote(text)}; this version knows {', '.join(kind)}") from None
+        raise CodecError(f"{what} is {quote(text)}; this version knows {', '.join(kind)}") from None
 
 
 def _int64(value: int, what: str) -> int:
     if not -(2**63) <= value < 2**63:
         raise CodecError(f"{what} is an integer of {value.bit_length()} bits; it must fit in 64: send a float or str")
     return value
-
-
-def _quote(text: str) -> str:
-    """A peer's text in an error: bounded, or one message could fill the log."""
-    return repr(text if len(text) <= 80 else text[:79] + "…")

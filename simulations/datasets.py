@@ -12,9 +12,10 @@ import hashlib
 import inspect
 import os
 import zipfile
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, final, overload
@@ -89,8 +90,8 @@ class FederatedData(ABC):
 class ArrayData(FederatedData):
     """Shards as views of two tensors whose rows are ordered by client: a shard costs no copy.
 
-    ``offsets`` holds for each client ``(start, test_start, stop)``: rows from ``start`` to train on, from ``test_start``
-    held out. DataError for a client without rows to train on.
+    ``offsets`` holds for each client ``(start, test_start, stop)``: rows from ``start`` to train on, from
+    ``test_start`` held out. DataError for a client without rows to train on.
     """
 
     x: Tensor
@@ -144,35 +145,48 @@ class Numbered(Sequence[str]):
 
 
 @final
-@dataclass(frozen=True, eq=False)
 class LazyData(FederatedData):
     """Shards made on demand by ``make_shard(client)``, which must give the same shard each time it is asked.
 
-    Nothing is kept: a large population costs what its cohorts cost. Without ``example_shape`` the first client's shard is
-    made to find it. DataError for a client without examples.
+    Nothing is kept: a large population costs what its cohorts cost. Without ``shape`` the first client's shard is made
+    to find it. DataError for an unknown client and for one without examples.
     """
 
-    clients: Sequence[str] = field()
-    make_shard: Callable[[str], Shard]
-    test: Shard | None = None
-    classes: int | None = None
-    example_shape: tuple[int, ...] | None = None
+    def __init__(
+        self,
+        clients: Sequence[str],
+        make_shard: Callable[[str], Shard],
+        test: Shard | None = None,
+        *,
+        classes: int | None = None,
+        shape: tuple[int, ...] | None = None,
+    ) -> None:
+        self._clients, self._make, self._test, self._classes, self._shape = clients, make_shard, test, classes, shape
+        self._known = clients if isinstance(clients, Numbered) else frozenset(clients)
 
     def shard(self, client: str) -> Shard:
         if client not in self._known:
-            raise DataError(_unknown(client, self.clients))
-        made = self.make_shard(client)
+            raise DataError(_unknown(client, self._clients))
+        made = self._make(client)
         if len(made) == 0:
             raise DataError(_no_examples(client))
         return made
 
-    @cached_property
-    def shape(self) -> tuple[int, ...]:
-        return self.example_shape or tuple(self.shard(self.clients[0]).x.shape[1:])
+    @property
+    def clients(self) -> Sequence[str]:
+        return self._clients
+
+    @property
+    def test(self) -> Shard | None:
+        return self._test
+
+    @property
+    def classes(self) -> int | None:
+        return self._classes
 
     @cached_property
-    def _known(self) -> Sequence[str] | frozenset[str]:
-        return self.clients if isinstance(self.clients, Numbered) else frozenset(self.clients)
+    def shape(self) -> tuple[int, ...]:
+        return self._shape or tuple(self.shard(self._clients[0]).x.shape[1:])
 
 
 @final
@@ -181,8 +195,9 @@ class Dataset:
     """Rows, and how to split them.
 
     Without ``partitioner`` the table's own clients are taken. ``client_test`` is the share of each shard that its
-    client holds out to test on. ``spec`` is what stands under ``[data]`` in an experiment file that means the same; None
-    where only Python can say it. DataError if the test set's examples have another shape.
+    client holds out to test on: at least one row, if it has two. ``spec`` is what stands under ``[data]`` in an
+    experiment file that means the same; None where only Python can say it. DataError if the test set has other shapes
+    or class names.
     """
 
     train: Table
@@ -200,6 +215,11 @@ class Dataset:
                 f"test examples have shape {list(self.test.x.shape[1:])}, but those to train on "
                 f"{list(self.train.x.shape[1:])}; prepare both alike"
             )
+        if self.test is not None and self.test.class_names != self.train.class_names:
+            raise DataError(
+                f"test labels are named {self.test.class_names}, but those to train on {self.train.class_names}; "
+                f"read both with the same class_names"
+            )
 
     def split(self, seed: int) -> FederatedData:
         """The shards; the same seed gives the same ones. DataError if the partitioner cannot split the rows."""
@@ -208,10 +228,10 @@ class Dataset:
         offsets, order, start = {}, [], 0
         for client, rows in shards.items():
             # Each client keeps a row to train on, so that one with a single row still takes part.
-            held = min(round(self.client_test * len(rows)), len(rows) - 1)
-            mixed = rng.permutation(rows) if held > 0 else rows
-            order += [np.sort(mixed[held:]), np.sort(mixed[:held])] if held > 0 else [rows]
-            offsets[client] = (start, start + len(rows) - max(held, 0), start + len(rows))
+            held = min(max(1, round(self.client_test * len(rows))), len(rows) - 1) if self.client_test else 0
+            mixed = rng.permutation(rows) if held else rows
+            order += [np.sort(mixed[held:]), np.sort(mixed[:held])]
+            offsets[client] = (start, start + len(rows) - held, start + len(rows))
             start += len(rows)
         rows = np.concatenate(order)
         test = None if self.test is None else Shard(_tensor(self.test.x), _tensor(self.test.y))
@@ -237,8 +257,8 @@ def load(
 ) -> Dataset:
     """A data set by name (``shoal data`` lists them) or ``"file.py:function"``, with its own arguments.
 
-    The function returns a Table, ``(x, y)``, ``(x, y, clients)`` or ``(Table, test Table or None)``. The server's test set is
-    what it returns (of an npz file, the arrays ``x_test`` and ``y_test``), or the file ``test_path``, or a share
+    The function returns a Table, ``(x, y)``, ``(x, y, clients)`` or ``(Table, test Table or None)``. The server's test
+    set is what it returns (of an npz file, the arrays ``x_test`` and ``y_test``), or the file ``test_path``, or a share
     ``test_fraction`` of the rows, which are the same under every seed. ``partition`` is a partitioner or, as in an
     experiment file, ``{"kind": "dirichlet", "clients": 50, "alpha": 0.3}``.
     ExperimentError for unknown names and arguments, DataError for data that is not what it must be.
@@ -256,3 +276,225 @@ def load(
     common = {"client_test": client_test or None, "test_fraction": test_fraction or None, "test_path": test_path}
     partitioner = _partitioner(partition)
     return Dataset(train, test, partitioner, client_test, _spec(name, {**arguments, **common}, partitioner))
+
+
+def from_arrays(
+    x: Any,
+    y: Any,
+    clients: Any = None,
+    partition: Partitioner | Mapping[str, Any] | None = None,
+    test: tuple[Any, Any] | Table | None = None,
+    client_test: float = 0.0,
+    **options: Any,
+) -> Dataset:
+    """Rows from numpy, torch, lists or pandas; ``options`` are those of :func:`shoal.client.data.table`."""
+    train = table(x, y, clients, **options)
+    return Dataset(train, _test_like(train, test, options), _partitioner(partition), client_test)
+
+
+def from_shards(
+    shards: Mapping[str, tuple[Any, Any]],
+    test: tuple[Any, Any] | Table | None = None,
+    client_test: float = 0.0,
+    **options: Any,
+) -> Dataset:
+    """``{client: (x, y)}``, as :func:`from_arrays`; DataError for a client that has no rows or is unlike the first."""
+    if not shards:
+        raise DataError("there are no shards; give at least one client")
+    parts = {client: table(*pair, where=f"client {client!r}", **options) for client, pair in shards.items()}
+    names = {name for part in parts.values() for name in part.class_names or ()}
+    if names and "class_names" not in options:  # numbered alike only once all clients' classes are known
+        return from_shards(shards, test, client_test, class_names=sorted(names), **options)
+    first = next(iter(parts.values()))
+    for client, part in parts.items():
+        if _kind(part) != _kind(first):
+            raise DataError(f"client {client!r} has {_kind(part)}, the first client {_kind(first)}; prepare all alike")
+    ids = np.repeat(np.array(list(parts), dtype=np.str_), [len(part) for part in parts.values()])
+    x, y = (np.concatenate([getattr(part, name) for part in parts.values()]) for name in ("x", "y"))
+    train = Table(x, y, ids, first.class_names)
+    return Dataset(train, _test_like(train, test, options), client_test=client_test)
+
+
+def from_csv(
+    path: str | Path, label: str, client: str | None = None, features: Sequence[str] | None = None, **options: Any
+) -> Dataset:
+    """A CSV file (:func:`shoal.client.data.read_csv`); ``options`` are those of :func:`load`."""
+    return load("csv", path=path, label=label, client=client, features=features, **options)
+
+
+def from_parquet(
+    path: str | Path, label: str, client: str | None = None, features: Sequence[str] | None = None, **options: Any
+) -> Dataset:
+    """A Parquet file (:func:`shoal.client.data.read_parquet`); ``options`` are those of :func:`load`."""
+    return load("parquet", path=path, label=label, client=client, features=features, **options)
+
+
+def from_npz(path: str | Path, x: str = "x", y: str = "y", clients: str | None = None, **options: Any) -> Dataset:
+    """An npz file (:func:`shoal.client.data.read_npz`); ``options`` are those of :func:`load`."""
+    return load("npz", path=path, x=x, y=y, clients=clients, **options)
+
+
+def from_folder(path: str | Path, size: int | None = None, clients: bool = False, **options: Any) -> Dataset:
+    """A folder of images (:func:`shoal.client.data.read_image_folder`); ``options`` are those of :func:`load`."""
+    return load("image-folder", path=path, size=size, clients=clients, **options)
+
+
+def fashion_mnist_subset() -> tuple[Table, Table]:
+    """6,000 images to train on and 1,000 to test on, ``[N, 1, 28, 28]``: a balanced subset that comes with Shoal."""
+    path = Path(__file__).parent / "data" / "fashion_mnist_subset.npz"
+    return read_npz(path), read_npz(path, "x_test", "y_test")
+
+
+def fashion_mnist(path: str | Path | None = None) -> tuple[Table, Table]:
+    """All 60,000 and 10,000 images, ``[N, 1, 28, 28]``, from the four ``.gz`` files in ``path``.
+
+    Without ``path`` from ``$SHOAL_DATA/fashion-mnist``, ``~/.cache/shoal/fashion-mnist`` or
+    ``/usr/share/datasets/fashion-mnist``. DataError if they are not there or are not the published ones.
+    """
+    folder = _fashion_folder(path)
+    x, y, x_test, y_test = (_idx(folder / f"{name}.gz", digest) for name, digest in FASHION_MNIST.items())
+    return _images(x, y), _images(x_test, y_test)
+
+
+def _fashion_folder(path: str | Path | None) -> Path:
+    shared = [Path.home() / ".cache/shoal/fashion-mnist", Path("/usr/share/datasets/fashion-mnist")]
+    own = [Path(os.environ["SHOAL_DATA"]) / "fashion-mnist"] if os.environ.get("SHOAL_DATA") else []
+    places = [*own, *shared] if path is None else [Path(path).expanduser()]
+    for place in places:
+        if all((place / f"{name}.gz").is_file() for name in FASHION_MNIST):
+            return place
+    files = ", ".join(f"{name}.gz" for name in FASHION_MNIST)
+    raise DataError(
+        f"Fashion-MNIST is not in {', '.join(map(str, places))}: put {files} "
+        f"from https://github.com/zalandoresearch/fashion-mnist there, or apt-get install dataset-fashion-mnist, "
+        f"or take 'fashion-mnist-subset'"
+    )
+
+
+def _idx(path: Path, digest: str) -> np.ndarray:
+    """The array of an IDX file, of which the digest is known."""
+    try:
+        content = gzip.decompress(path.read_bytes())
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} is damaged ({error}); fetch it again") from error
+    if hashlib.md5(content, usedforsecurity=False).hexdigest() != digest:
+        raise DataError(f"{path} is not the published file: its content has another MD5 than {digest}; fetch it again")
+    dims = content[3]
+    shape = [int.from_bytes(content[4 + 4 * i : 8 + 4 * i], "big") for i in range(dims)]
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * dims).reshape(shape)
+
+
+def _images(x: np.ndarray, y: np.ndarray) -> Table:
+    return table(np.divide(x[:, None], np.float32(255), dtype=np.float32), y)
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.require(array, requirements=["C", "W"]))
+
+
+def _kind(part: Table) -> str:
+    return f"x {part.x.dtype}{list(part.x.shape[1:])} and y {part.y.dtype}{list(part.y.shape[1:])}"
+
+
+def _no_examples(client: str) -> str:
+    return f"client {client!r} has no examples to train on; leave it out, or raise the partitioner's min_examples"
+
+
+def _unknown(client: str, clients: Sequence[str]) -> str:
+    return f"there is no client {client!r} among {len(clients)} ({clients[0]!r} to {clients[-1]!r}); see data.clients"
+
+
+def _check_share(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise ExperimentError(f"'data.{name}' is {value!r}; it must be a fraction, from 0 to below 1")
+
+
+def _check_known(name: str, arguments: Mapping[str, Any]) -> None:
+    parameters = inspect.signature(registry.load("shoal.datasets", name)).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    for key in arguments:  # the registry knows the reader's own keys only, and "partiton" is a likely slip
+        if key not in parameters:
+            raise ExperimentError(f"unknown key 'data.{key}' for {name!r}{nearest(key, [*parameters, *COMMON])}")
+
+
+def _tables(result: Any, where: str) -> tuple[Table, Table | None]:
+    if isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], Table):
+        return result[0], None if result[1] is None else as_table(result[1], where)
+    return as_table(result, where), None
+
+
+def _stored_test(train: Table, arguments: Mapping[str, Any]) -> Table | None:
+    path = Path(arguments["path"]).expanduser()
+    with zipfile.ZipFile(path) as archive:
+        if not {"x_test.npy", "y_test.npy"} <= set(archive.namelist()):
+            return None
+    return read_npz(path, "x_test", "y_test", dtype=arguments.get("dtype", "float32"), class_names=train.class_names)
+
+
+def _test_file(name: str, train: Table, arguments: dict[str, Any]) -> Table:
+    parameters = inspect.signature(registry.load("shoal.datasets", name)).parameters
+    if "path" not in parameters:
+        raise ExperimentError(
+            f"'data.test_path' is set, but {name!r} reads no path; drop it, or set data.test_fraction"
+        )
+    if "class_names" in parameters:  # a class that only one file knows must not shift the numbers of the others
+        arguments["class_names"] = train.class_names
+    return _tables(registry.build("shoal.datasets", name, arguments, "data"), name)[0]
+
+
+def _test_like(train: Table, test: tuple[Any, Any] | Table | None, options: Mapping[str, Any]) -> Table | None:
+    if test is None or isinstance(test, Table):
+        return test
+    return table(*test, **{**options, "class_names": train.class_names, "where": "test"})
+
+
+def _held_back(train: Table, fraction: float) -> tuple[Table, Table]:
+    """The rows to train on and those to test on, the same under every seed."""
+    _check_share("test_fraction", fraction)
+    rows, count = stream(0, "test").permutation(len(train)), round(fraction * len(train))
+    if not 0 < count < len(train):
+        raise DataError(
+            f"'data.test_fraction' = {fraction} of {len(train)} rows is {count}; it must leave rows on both sides"
+        )
+    return train.take(np.sort(rows[count:])), train.take(np.sort(rows[:count]))
+
+
+def _partitioner(partition: Partitioner | Mapping[str, Any] | None) -> Partitioner | None:
+    if partition is None or isinstance(partition, Partitioner):
+        return partition
+    arguments = dict(partition) if isinstance(partition, Mapping) else {}
+    kind = arguments.pop("kind", None)
+    if not isinstance(kind, str):
+        known = ", ".join(registry.names("shoal.partitioners"))
+        raise ExperimentError(
+            f"'data.partition' is {partition!r}, without a kind; write {{kind = …}} with one of {known}"
+        )
+    made = registry.build("shoal.partitioners", kind, arguments, "data.partition")
+    if not isinstance(made, Partitioner):
+        raise ExperimentError(f"'data.partition.kind' is {kind!r}, which is no Partitioner; derive it from Partitioner")
+    return made
+
+
+def _spec(name: str, arguments: Mapping[str, Any], partitioner: Partitioner | None) -> dict[str, Any] | None:
+    """What to write under ``[data]``; paths as Path, so that the file's writer can make them absolute."""
+    spec = {"name": name} | {key: value for key, value in arguments.items() if value is not None}
+    if partitioner is not None:
+        described = registry.describe("shoal.partitioners", partitioner)
+        if described is None:
+            return None
+        spec["partition"] = {"kind": described.pop("name"), **described}
+    for key in ("path", "test_path"):
+        if key in spec:
+            spec[key] = Path(spec[key]).expanduser()
+    return spec if _plain(spec) else None
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) and _plain(item) for key, item in value.items())
+    return (
+        all(map(_plain, value))
+        if isinstance(value, list | tuple)
+        else isinstance(value, bool | int | float | str | Path)
+    )

@@ -7,7 +7,6 @@ functions written in a notebook work. A worker that dies takes down neither the 
 
 from __future__ import annotations
 
-import io
 import os
 import pickle
 import queue
@@ -20,21 +19,20 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import IO, Any, cast
 
-import cloudpickle
 import torch
 from torch import Tensor
 
 from shoal.protos.errors import RunError, ShoalError
 from shoal.simulations.engine import Assignment, Job, Result
+from shoal.simulations.packing import pack
 from shoal.simulations.shared import SharedBlock
 from shoal.strategies.base import State
 from shoal.strategies.sums import Carried
 
-__all__ = ["Died", "Order", "Pool", "pack", "read", "unpack", "write"]
+__all__ = ["Died", "Order", "Pool", "read", "write"]
 
 # A worker must see the caller's import paths before it imports anything, and never the folder it starts in.
 START = "import sys; sys.path[:] = {path!r}; from shoal.simulations.worker import main; main()"
-SHARE_FROM = 65536  # bytes: below, a copy is cheaper than a mapping
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 
 
@@ -73,44 +71,6 @@ class Order:
     job: Job
     block: SharedBlock
     numbers: dict[str, float]
-
-
-class _AssignmentPickler(cloudpickle.Pickler):  # type: ignore[misc]
-    """By value, functions of a notebook included; large tensors are set aside to be shared, not copied."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        super().__init__(file, protocol=5)
-        self.shared: dict[str, Tensor] = {}
-
-    def persistent_id(self, thing: object) -> str | None:
-        if type(thing) is not Tensor or thing.nbytes < SHARE_FROM or thing.device.type != "cpu":
-            return None
-        self.shared[f"{id(thing)}"] = thing
-        return f"{id(thing)}"
-
-
-class _AssignmentUnpickler(pickle.Unpickler):
-    def __init__(self, file: IO[bytes], block: SharedBlock) -> None:
-        super().__init__(file)
-        self._block = block
-
-    def persistent_load(self, name: str) -> Tensor:
-        return self._block.tensors[name]
-
-
-def pack(assignment: Assignment) -> tuple[bytes, SharedBlock]:
-    """The assignment as bytes, and the block that holds its large tensors and must outlive all workers."""
-    buffer = io.BytesIO()
-    pickler = _AssignmentPickler(buffer)
-    pickler.dump(assignment)
-    block = SharedBlock.of(pickler.shared)
-    return pickle.dumps(block) + buffer.getvalue(), block
-
-
-def unpack(file: IO[bytes]) -> Assignment:
-    """The inverse of :func:`pack`, in a worker."""
-    block = pickle.load(file)
-    return cast(Assignment, _AssignmentUnpickler(file, block).load())
 
 
 class Worker:

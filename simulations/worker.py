@@ -12,7 +12,8 @@ from torch import Tensor
 
 from shoal.protos.errors import ExperimentError, ShoalError
 from shoal.simulations.engine import Engine
-from shoal.simulations.pool import Order, read, unpack, write
+from shoal.simulations.packing import unpack
+from shoal.simulations.pool import Order, read, write
 from shoal.strategies.base import State
 from shoal.strategies.sums import Carried
 

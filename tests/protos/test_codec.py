@@ -13,14 +13,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.protos import codec
+from shoal.protos import codec, manifest
 from shoal.protos import fleet_pb2 as wire
 from shoal.protos.errors import CodecError
 from shoal.protos.messages import Failure, Kind, Spec, Task, Update
 from shoal.protos.parameters import Entry, Layout, Parameters, Segment, frozen_hash
 
 Array = np.ndarray
-NUMPY = [dtype.name for dtype in codec.DTYPES.values()]
+NUMPY = [dtype.name for dtype in manifest.DTYPES.values()]
 DECODERS: list[Callable[[bytes, bytes], object]] = [codec.decode_task, codec.decode_update, codec.decode_failure]
 quick = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 
@@ -305,7 +305,7 @@ def reorder(header: wire.Header) -> None:
 def huge(header: wire.Header) -> None:
     tensor = header.manifest.tensors[0]
     tensor.shape[:] = [2**40]
-    tensor.nbytes = header.manifest.total_bytes = 2**40 * codec.DTYPES[tensor.dtype].itemsize
+    tensor.nbytes = header.manifest.total_bytes = 2**40 * manifest.DTYPES[tensor.dtype].itemsize
 
 
 def odd(header: wire.Header) -> None:
@@ -418,14 +418,14 @@ def test_a_bool_is_zero_or_one() -> None:
 @pytest.mark.parametrize(
     ("limits", "message"),
     [
-        (codec.Limits(header=50), "bytes in the header, at most 50"),
-        (codec.Limits(payload=42), "43 bytes in the payload, at most 42"),
-        (codec.Limits(tensors=3), "4 tensors in the payload, at most 3"),
-        (codec.Limits(tensors=4), "5 tensors in the layout, at most 4"),
-        (codec.Limits(name=9), "10 characters in the name of layout tensor 'net.weight', at most 9"),
+        (manifest.Limits(header=50), "bytes in the header, at most 50"),
+        (manifest.Limits(payload=42), "43 bytes in the payload, at most 42"),
+        (manifest.Limits(tensors=3), "4 tensors in the payload, at most 3"),
+        (manifest.Limits(tensors=4), "5 tensors in the layout, at most 4"),
+        (manifest.Limits(name=9), "10 characters in the name of layout tensor 'net.weight', at most 9"),
     ],
 )
-def test_limits_hold_on_both_sides(limits: codec.Limits, message: str) -> None:
+def test_limits_hold_on_both_sides(limits: manifest.Limits, message: str) -> None:
     header, payload = pack(a_task())
 
     with pytest.raises(CodecError, match=message):
@@ -447,7 +447,7 @@ def test_a_claimed_tensor_takes_no_memory() -> None:
     hostile = wire.Header.FromString(pack(an_update(tensors={}))[0])
     huge(hostile)
     header = hostile.SerializeToString()
-    limits = codec.Limits(payload=2**60)
+    limits = manifest.Limits(payload=2**60)
     tracemalloc.start()
 
     with pytest.raises(CodecError, match="its manifest says 4398046511104"):

@@ -86,5 +86,5 @@ def test_whole_files_are_replaced_at_once(tmp_path: Path) -> None:
 
     assert json.loads((tmp_path / "summary.json").read_text()) == {"a": 1, "b": None}
     assert folder.read("summary.json") == {"a": 1, "b": None}
-    with pytest.raises(RunError, match="missing.json"):
+    with pytest.raises(RunError, match=r"missing\.json"):
         folder.read("missing.json")
