@@ -149,7 +149,7 @@ def read_npz(
     """The named arrays of an ``.npz`` file.
 
     uint8 arrays of three or more dimensions are images: scaled to float32 in [0, 1], ``[N, H, W]`` to ``[N, 1, H, W]``
-    and ``[N, H, W, C]`` with 1, 3 or 4 channels to ``[N, C, H, W]``. Otherwise as :func:`table`.
+    and ``[N, H, W, C]`` to ``[N, C, H, W]`` if only the last dimension is 1, 3 or 4. Otherwise as :func:`table`.
     """
     place = _existing(path)
     names = [x, y] if clients is None else [x, y, clients]
@@ -357,19 +357,21 @@ def _pixels(array: np.ndarray) -> np.ndarray:
 
 
 def _image(opener: Any, file: Path, size: int | None, grayscale: bool) -> np.ndarray:
+    """One image as uint8 ``[C, H, W]``."""
     try:
         with opener.open(file) as image:
             if image.mode[0] in "IF":  # Pillow would clip them to 255 without a word
                 raise DataError(f"{file} has more than 8 bits a channel ({image.mode}); convert it to 8 bits first")
             pixels = image.convert("L" if grayscale else "RGB")
-            return np.array(pixels if size is None else pixels.resize((size, size)))
+            array = np.array(pixels if size is None else pixels.resize((size, size)))
     except OSError as error:
         raise DataError(f"{file} cannot be read as an image ({error}); replace or remove it") from error
+    return array[None] if grayscale else np.moveaxis(array, -1, 0)
 
 
 def _same_size(images: Sequence[tuple[Path, np.ndarray]]) -> list[np.ndarray]:
     shape = images[0][1].shape
     for file, image in images:
         if image.shape != shape:
-            raise DataError(f"{file} is {image.shape[:2]}, but the first image is {shape[:2]}; set size to resize them")
+            raise DataError(f"{file} is {image.shape[1:]}, but the first image is {shape[1:]}; set size to resize them")
     return [image for _, image in images]

@@ -47,14 +47,19 @@ class Assignment:
 class Job:
     """Some clients from ``position`` of the cohort on, with the state each had settled.
 
-    ``train`` False means: evaluate them on their held-out examples. ``seconds`` is what is left until the deadline.
+    ``train`` False means: evaluate them on their held-out examples. ``ends`` is the deadline on this process's
+    monotonic clock.
     """
 
     position: int
     clients: Sequence[tuple[str, Mine | None]]
     context: Context
     train: bool = True
-    seconds: float | None = None
+    ends: float | None = None
+
+    def left(self) -> float | None:
+        """Seconds until the deadline, for a process whose clock may be another."""
+        return None if self.ends is None else self.ends - time.monotonic()
 
 
 @dataclass(frozen=True)
@@ -85,14 +90,14 @@ class Engine:
         )
         self._device = torch.device(assignment.device)
 
-    def run(self, job: Job, state: State, carried: Carried) -> Result:
-        """Train or evaluate the job's clients; a client that fails is reported, never raised."""
+    def run(self, job: Job, state: State, carried: Carried, seconds: float | None = None) -> Result:
+        """Train or evaluate the job's clients; one that fails, or was not begun in time, is reported, never raised."""
         began, sent = time.monotonic(), self._sent(state)
         total: Contribution | None = None
         reports, failures, staged = list[Report](), list[Failure](), dict[str, Mine]()
         for client, mine in job.clients:
             round = job.context.round
-            if job.seconds is not None and time.monotonic() - began > job.seconds:
+            if seconds is not None and time.monotonic() - began > seconds:
                 failures.append(Failure(client, round, f"client {client!r} did not answer before the deadline"))
                 continue
             try:

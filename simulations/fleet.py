@@ -33,7 +33,7 @@ class InProcess:
             torch.set_num_threads(1)
             try:
                 with torch.random.fork_rng(devices=[]):
-                    result = self._engine.run(job, state, carried)
+                    result = self._engine.run(job, state, carried, job.left())
             finally:
                 torch.set_num_threads(threads)
             yield job, result
@@ -89,8 +89,7 @@ class SimulatedFleet:
 
     def _job(self, ask: Ask, positions: Sequence[int], ends: float | None, train: bool) -> Job:
         clients = [(ask.cohort[p], self._states.get(ask.cohort[p])) for p in positions]
-        left = None if ends is None else max(0.0, ends - time.monotonic())
-        return Job(positions[0], clients, ask.context, train, left)
+        return Job(positions[0], clients, ask.context, train, ends)
 
     def settle(self, counted: Collection[str]) -> None:
         self._states.update({client: self._staged[client] for client in counted if self._staged.get(client)})

@@ -12,11 +12,10 @@ import pickle
 import queue
 import subprocess
 import sys
-import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import IO, Any, cast
 
 import torch
@@ -33,6 +32,7 @@ __all__ = ["Died", "Order", "Pool", "read", "write"]
 
 # A worker must see the caller's import paths before it imports anything, and never the folder it starts in.
 START = "import sys; sys.path[:] = {path!r}; from shoal.simulations.worker import main; main()"
+GRACE = 0.5  # seconds after the deadline: for the answer of a worker that kept it
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 
 
@@ -71,6 +71,7 @@ class Order:
     job: Job
     block: SharedBlock
     numbers: dict[str, float]
+    seconds: float | None = None
 
 
 class Worker:
@@ -85,16 +86,22 @@ class Worker:
         self._in.write(assignment)
         self._in.flush()
 
+        self._ready = False
+
     def ready(self) -> None:
         """Wait until the worker has built its engine; RunError with its reason if it cannot."""
+        if self._ready:
+            return
         try:
             answer = read(self._out)
         except (EOFError, OSError) as error:
             raise RunError(f"a worker could not start ({self._fate()}); see its messages above") from error
         if isinstance(answer, ShoalError):
             raise answer
+        self._ready = True
 
     def call(self, order: Order) -> Result | Died:
+        self.ready()
         try:
             write(self._in, order)
             return cast(Result, read(self._out))
@@ -130,41 +137,35 @@ class Pool:
             raise
 
     def run(self, jobs: Sequence[Job], state: State, carried: Carried) -> Iterator[tuple[Job, Result | Died]]:
-        """Each job's result as it comes. A worker busy beyond its job's deadline is killed and replaced."""
+        """Each job's result as it comes. A worker busy well beyond the deadline is killed and replaced."""
         numbers = self._publish(state, carried)
         assert self._block is not None
-        waiting, running = deque(jobs), dict[Future[Result | Died], tuple[Job, float | None]]()
+        waiting, running, overdue = deque(jobs), dict[Future[Result | Died], Job](), False
         try:
             while waiting or running:
                 while waiting and len(running) < len(self._workers):
                     job = waiting.popleft()
-                    limit = None if job.seconds is None else time.monotonic() + 1.1 * job.seconds + 1
-                    running[self._threads.submit(self._call, Order(job, self._block, numbers))] = (job, limit)
-                limits = [limit for _, limit in running.values() if limit is not None]
-                patience = max(0.0, min(limits) - time.monotonic()) if limits else None
+                    running[self._threads.submit(self._call, Order(job, self._block, numbers))] = job
+                patience = _patience(running.values()) if not overdue else None
                 done, _ = wait(running, timeout=patience, return_when=FIRST_COMPLETED)
                 if not done:
+                    overdue = True  # once: what is running then is a replacement on its way
                     self._kill_busy()
                 for future in done:
-                    yield running.pop(future)[0], future.result()
+                    yield running.pop(future), future.result()
         except BaseException:
             self._kill_busy()  # the caller has lost interest: nothing may linger on an old round
             raise
 
     def _call(self, order: Order) -> Result | Died:
         worker = self._idle.get()
-        answer = worker.call(order)
+        answer = worker.call(replace(order, seconds=order.job.left()))
         if isinstance(answer, Died):
-            worker = self._replace(worker)
+            worker.kill()
+            fresh = Worker(self._assignment)  # gets ready while the round goes on
+            self._workers[self._workers.index(worker)] = worker = fresh
         self._idle.put(worker)
         return answer
-
-    def _replace(self, dead: Worker) -> Worker:
-        dead.kill()
-        fresh = Worker(self._assignment)
-        self._workers[self._workers.index(dead)] = fresh
-        fresh.ready()
-        return fresh
 
     def _kill_busy(self) -> None:
         idle = set[Worker]()
@@ -194,3 +195,9 @@ class Pool:
         if self._block is not None:
             self._block.close()
             self._block = None
+
+
+def _patience(jobs: Iterable[Job]) -> float | None:
+    """Seconds to wait for workers, which end a job themselves at its deadline, unless a client hangs."""
+    left = [seconds for job in jobs if (seconds := job.left()) is not None]
+    return max(0.0, min(left) + GRACE) if left else None

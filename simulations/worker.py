@@ -33,7 +33,7 @@ def main() -> None:
             order: Order = read(sys.stdin.buffer)
         except EOFError:
             return
-        write(answers, engine.run(order.job, *_state(order)))
+        write(answers, engine.run(order.job, *_state(order), order.seconds))
 
 
 def _engine(answers: Any) -> Engine | None:

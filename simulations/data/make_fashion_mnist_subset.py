@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from shoal.client.data import Table
 from shoal.simulations.datasets import fashion_mnist
 
 SEED = 0
@@ -25,14 +26,19 @@ def draw(labels: np.ndarray, each: int, rng: np.random.Generator) -> np.ndarray:
     return np.stack(rows, axis=1).ravel()
 
 
+def pick(table: Table, each: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels ``[N, H, W]`` and labels as bytes."""
+    chosen = table.take(draw(table.y, each, rng))
+    return np.rint(chosen.x[:, 0] * 255).astype(np.uint8), chosen.y.astype(np.uint8)
+
+
 def main(folder: str) -> None:
-    arrays: dict[str, np.ndarray] = {}
     rng = np.random.default_rng(SEED)
-    for table, each, suffix in zip(fashion_mnist(folder), (600, 100), ("", "_test"), strict=True):
-        chosen = table.take(draw(table.y, each, rng))
-        arrays[f"x{suffix}"] = np.rint(chosen.x[:, 0] * 255).astype(np.uint8)
-        arrays[f"y{suffix}"] = chosen.y.astype(np.uint8)
-    np.savez_compressed(Path(__file__).with_name("fashion_mnist_subset.npz"), **arrays)
+    train, test = fashion_mnist(folder)
+    x, y = pick(train, 600, rng)
+    x_test, y_test = pick(test, 100, rng)
+    target = Path(__file__).with_name("fashion_mnist_subset.npz")
+    np.savez_compressed(target, x=x, y=y, x_test=x_test, y_test=y_test)
 
 
 if __name__ == "__main__":

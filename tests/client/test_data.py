@@ -299,7 +299,7 @@ def test_image_folder_errors(tmp_path: Path) -> None:
     draw(tmp_path / "a/2.png", (0, 0, 0), size=(5, 5))
     with pytest.raises(DataError, match=r"2.png is \(5, 5\), but the first image is \(3, 4\); set size"):
         read_image_folder(tmp_path)
-    draw(tmp_path / "a/2.png", 70000, mode="I")
+    draw(tmp_path / "a/2.png", 70000, mode="I;16")
     with pytest.raises(DataError, match=r"2.png has more than 8 bits .*convert it"):
         read_image_folder(tmp_path)
     (tmp_path / "a/2.png").write_text("broken")

@@ -1,0 +1,195 @@
+"""The simulated fleet under failures: real worker processes that raise, hang and die."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from shoal import Client, Experiment, LocalTraining, Run, Scaffold, Work
+from shoal.client.data import Shard
+from shoal.protos.errors import ExperimentError, RoundError
+from shoal.simulations.datasets import ArrayData, LazyData, Numbered
+
+N = 40
+
+
+class Troubled(Client):
+    """Trains one step; the clients named in ``acts`` do something else instead."""
+
+    def __init__(self, acts: Mapping[str, str]) -> None:
+        self.acts = acts
+
+    def fit(self, work: Work) -> Mapping[str, float] | None:
+        act = self.acts.get(work.task.client)
+        if act == "raise":
+            raise ValueError("my data is cursed")
+        if act == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if act == "exit":
+            os._exit(3)
+        if act == "hang":
+            signal.pause()
+        if act == "nan":
+            next(work.model.parameters()).data.fill_(torch.nan)
+            return None
+        if act == "nan metric":
+            return {"mine": float("nan")}
+        if act == "print":
+            print("to standard output, which is the pipe of a worker")
+        optimizer = torch.optim.SGD(work.model.parameters(), lr=0.1)
+        work.step(nn.functional.cross_entropy(work.model(work.data.x), work.data.y), optimizer)
+        return None
+
+
+def model() -> nn.Module:
+    return nn.Linear(4, 3)
+
+
+def data() -> ArrayData:
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(N * 5, 4, generator=generator), torch.randint(0, 3, (N * 5,), generator=generator)
+    return ArrayData(x, y, {str(i): (5 * i, 5 * i + 5, 5 * i + 5) for i in range(N)}, classes=3)
+
+
+def simulate(out: Path, acts: Mapping[str, str], workers: int = 0, **changes: Any) -> Run:
+    fields: dict[str, Any] = {"rounds": 2, "cohort": N, "quorum": 0.5, "client": Troubled(acts)} | changes
+    return Experiment(model=model, data=data(), **fields).simulate(workers=workers, out=out, progress="none")
+
+
+def bits(run: Run) -> bytes:
+    return run.parameters.trainable.numpy().tobytes()
+
+
+def test_a_client_that_raises_is_shown_with_its_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = simulate(tmp_path, {"7": "raise"})
+    shown = capsys.readouterr().err
+
+    assert "client '7' raised ValueError in round 1: my data is cursed" in shown
+    assert "in fit" in shown and "Traceback" in shown
+    assert run.failures[["round", "client"]].values.tolist() == [[1, "7"], [2, "7"]]
+    assert run.metrics.loc[1, "counted"] == N - 1
+    assert run.status == "finished"
+
+
+@pytest.mark.parametrize(
+    ("act", "why"), [("nan", "holds nan in its delta in tensor 'weight'"), ("nan metric", "mine=nan")]
+)
+def test_an_update_that_is_not_finite_is_not_counted(tmp_path: Path, act: str, why: str) -> None:
+    run = simulate(tmp_path, {"3": act})
+
+    assert why in run.failures.reason[0]
+    assert torch.isfinite(run.parameters.trainable).all()
+    with pytest.raises(RoundError, match=r"round 1 has 39 of 40 updates and needs 40; first failure: .*client '3'"):
+        simulate(tmp_path, {"3": act}, quorum=1.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("act", ["die", "exit"])
+def test_a_worker_that_dies_costs_one_client(tmp_path: Path, act: str) -> None:
+    """The culprit fails, its leaf is repeated without it, and the bits are those of a client that merely raised."""
+    run, raised = simulate(tmp_path, {"20": act}, workers=2), simulate(tmp_path, {"20": "raise"})
+
+    assert run.failures.client.tolist() == ["20", "20"]
+    assert "brought its worker process down" in run.failures.reason[0]
+    assert bits(run) == bits(raised)
+
+
+@pytest.mark.slow
+def test_a_client_that_never_answers_costs_one_deadline(tmp_path: Path) -> None:
+    run = simulate(tmp_path, {"20": "hang"}, workers=2, rounds=1, deadline=1.0)
+
+    assert "20" in run.failures.client.tolist()
+    assert set(run.failures.reason.str.contains("did not answer before the deadline")) == {True}
+    assert run.metrics.loc[1, "counted"] >= N - 16
+    assert run.metrics.loc[1, "train_seconds"] < 10
+
+
+@pytest.mark.slow
+def test_what_a_client_prints_does_not_disturb_the_pipe(tmp_path: Path) -> None:
+    assert len(simulate(tmp_path, {"5": "print"}, workers=1, rounds=1).failures) == 0
+
+
+def test_spare_clients_stand_in_for_failed_ones(tmp_path: Path) -> None:
+    """Over-selection counts the first that succeed, in cohort order: failures are filled up, nobody else is counted."""
+    plain = simulate(tmp_path, {}, rounds=1, cohort=20, over_select=1.5, quorum=1.0)
+    failing = plain.clients.client[0], plain.clients.client[7]
+    run = simulate(tmp_path, dict.fromkeys(failing, "raise"), rounds=1, cohort=20, over_select=1.5, quorum=1.0)
+
+    assert plain.metrics.loc[1, ["asked", "counted"]].tolist() == [30, 20]
+    assert run.metrics.loc[1, ["asked", "counted", "failed"]].tolist() == [30, 20, 2]
+    assert run.clients.client.tolist()[:18] == [c for c in plain.clients.client if c not in failing]
+
+
+def test_client_state_moves_only_when_counted(tmp_path: Path) -> None:
+    """A SCAFFOLD client whose update is rejected keeps the control variate it had."""
+    from shoal.server.runs import RunFolder
+
+    run = simulate(tmp_path, {"3": "nan"}, strategy=Scaffold(), local=LocalTraining(lr=0.1), rounds=2)
+    point = RunFolder(run.path).latest()
+
+    assert point is not None and "3" not in point.clients and len(point.clients) == N - 1
+
+
+@pytest.mark.slow
+def test_functions_of_a_notebook_work_in_workers(tmp_path: Path) -> None:
+    """Code read from standard input, as a notebook's cells: nothing can be imported again; an event loop is running."""
+    code = f"""
+        import asyncio, torch, shoal
+        from torch import nn
+
+        class Mine(shoal.Client):
+            def fit(self, work):
+                optimizer = torch.optim.SGD(work.model.parameters(), lr=0.1)
+                for x, y in work.batches():
+                    work.step(nn.functional.cross_entropy(work.model(x), y), optimizer)
+
+        make = lambda: nn.Linear(4, 3)
+        x, y = torch.randn(60, 4), torch.arange(60) % 3
+        data = shoal.datasets.from_arrays(x, y, clients=[str(i % 6) for i in range(60)])
+        made = shoal.Experiment(model=make, data=data, client=Mine(), rounds=2, cohort=4)
+
+        async def main():
+            return made.simulate(workers=2, out={str(tmp_path)!r}, progress="none")
+
+        print(asyncio.run(main()).status)
+    """
+    done = subprocess.run([sys.executable, "-"], input=textwrap.dedent(code), capture_output=True, text=True)
+
+    assert (done.stdout.strip(), done.returncode) == ("finished", 0), done.stderr
+
+
+@pytest.mark.slow
+def test_a_model_that_workers_cannot_build_is_said_at_once(tmp_path: Path) -> None:
+    process = os.getpid()
+
+    def here_only() -> nn.Module:
+        if os.getpid() != process:
+            raise OSError("no such weights")
+        return model()
+
+    with pytest.raises(ExperimentError, match="OSError: no such weights"):
+        Experiment(model=here_only, data=data(), cohort=4).simulate(workers=1, out=tmp_path, progress="none")
+
+
+def test_a_million_clients_cost_their_cohort(tmp_path: Path) -> None:
+    made = list[str]()
+
+    def shard(client: str) -> Shard:
+        made.append(client)
+        return Shard(torch.full((3, 4), float(client) / 1e6), torch.tensor([0, 1, 2]))
+
+    lazy = LazyData(Numbered(1_000_000), shard, classes=3)
+    run = Experiment(model=model, data=lazy, rounds=2, cohort=5).simulate(workers=0, out=tmp_path, progress="none")
+
+    assert run.status == "finished"
+    assert len(made) < 20
