@@ -8,6 +8,7 @@ same arithmetic serves both.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -129,9 +130,13 @@ def check_update(
     and the declared ``tensors``.
     """
     where = f"the update of client {client!r} in round {round}" if client else "the update"
-    for name, number in (("examples", update.examples), ("steps", update.steps), ("lr_sum", update.lr_sum)):
-        if not isinstance(number, int | float) or isinstance(number, bool) or not 0 <= number <= MOST:
-            raise InvalidUpdate(f"{where} reports {name}={number!r}; it must be a plain number from 0 to {MOST:.0e}")
+    for name, number, most in (
+        ("examples", update.examples, MOST),
+        ("steps", update.steps, MOST),
+        ("lr_sum", update.lr_sum, sys.float_info.max),
+    ):
+        if not isinstance(number, int | float) or isinstance(number, bool) or not 0 <= number <= most:
+            raise InvalidUpdate(f"{where} reports {name}={number!r}; it must be a plain number from 0 to {most:.3g}")
     for name, number in update.metrics.items():
         if not math.isfinite(number):
             raise InvalidUpdate(f"{where} reports {name}={number!r}: {DIVERGED}")
