@@ -18,7 +18,8 @@ from shoal.protos import experiment as files
 from shoal.protos import registry
 from shoal.protos.errors import ExperimentError
 from shoal.protos.experiment import Evaluation, ExperimentFile
-from shoal.simulations.datasets import Dataset, FederatedData, load
+from shoal.simulations.datasets import Dataset, load
+from shoal.simulations.federated import FederatedData
 from shoal.strategies.base import Strategy
 from shoal.strategies.fedavg import FedAvg
 from shoal.strategies.selectors import Selector, Uniform

@@ -113,7 +113,7 @@ class Live(Plain):
         shown = {name: value for name, value in round.numbers.items() if name.startswith(("test_", "train_loss"))}
         main = next((value for name, value in shown.items() if "loss" not in name), None)
         self._history += [] if main is None else [main]
-        text = "  ".join(f"{name.removeprefix('test_')} {value:.4g}" for name, value in shown.items())
+        text = "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in shown.items())
         self._bar.update(self._task, completed=round.number, numbers=f"{escape(text)}  {_spark(self._history)}")
 
     def note(self, text: str) -> None:
@@ -174,13 +174,18 @@ def _heading(path: Path, e: Experiment, population: int, layout: Layout, engine:
 
 
 def _line(round: Round, rounds: int) -> str:
-    shown = [(n, v) for n, v in round.numbers.items() if n.startswith(("test_", "train_loss", "clients_accuracy"))]
+    shown = [(n, v) for n, v in round.numbers.items() if n == "train_loss" or _headline(n)]
     text = "  ".join(f"{name} {value:.4f}" for name, value in shown)
     if round.number == 0:
         return f"round 0/{rounds}  {text}"
     numbers = round.numbers
     counted = f"{numbers['counted']:.0f}/{numbers['asked']:.0f} clients"
     return f"round {round.number}/{rounds}  {counted}  {text}  {numbers['seconds']:.2f} s"
+
+
+def _headline(name: str) -> bool:
+    """What is worth a reader's eye: the test set, and of the clients' own tests the mean and the worst."""
+    return name.startswith("test_") or (name.startswith("clients_") and "loss" not in name and "weighted" not in name)
 
 
 def _spark(values: list[float], width: int = 12) -> str:
@@ -199,11 +204,12 @@ def _print_summary(console: Console, run: Run) -> None:
     table = Table(box=None, padding=(0, 2), show_edge=False)
     for column, side in (("", "left"), ("last", "right"), ("mean of last 10", "right"), ("best", "right")):
         table.add_column(column, justify=side)  # type: ignore[arg-type]
-    for name, last in s.get("last", {}).items():
+    shown = {name: last for name, last in s.get("last", {}).items() if _headline(name)}
+    for name, last in shown.items():
         best = s["best"][name]
         cells = f"{last:.4f}", f"{s['mean_of_last_10'][name]:.4f}", f"{best['value']:.4f} (round {best['round']})"
         table.add_row(name.replace("_", " "), *cells)
-    if s.get("last"):
+    if shown:
         console.print(table)
     for name, reached in s.get("target", {}).items():
         when = "not reached" if reached["round"] is None else f"reached in round {reached['round']}"

@@ -31,8 +31,9 @@ from shoal.run import Run, summarise
 from shoal.server.checkpoints import Checkpoint
 from shoal.server.coordinator import Coordinator, Plan, start
 from shoal.server.runs import RunFolder
-from shoal.simulations.datasets import ArrayData, Dataset
+from shoal.simulations.datasets import Dataset
 from shoal.simulations.engine import Assignment, build_module
+from shoal.simulations.federated import ArrayData
 from shoal.simulations.fleet import SimulatedFleet
 
 __all__ = ["resume", "simulate"]
@@ -101,7 +102,9 @@ class _Composed:
         self.net = Net(module, experiment.device)
         self.initial = parameters_of(module).map(Tensor.cpu)
         self._check_data()
-        if experiment.evaluation.clients_every and data.shard(data.clients[0]).held_out is None:
+        if experiment.evaluation.clients_every and not any(
+            data.shard(client).held_out is not None for client in data.clients[:100]
+        ):
             raise ExperimentError(
                 "evaluation.clients_every is set, but clients hold no test examples; set data.client_test = 0.2"
             )

@@ -1,33 +1,28 @@
 """Data for many clients: recipes by name or from arrays and files, and the shards that they give.
 
 A :class:`Dataset` says what the rows are and how they are split; :meth:`Dataset.split` with a seed gives
-:class:`FederatedData`, the shards. Public as ``shoal.datasets``. Fashion-MNIST: Xiao, Rasul and Vollgraf 2017
-(arXiv 1708.07747), MIT licence.
+:class:`FederatedData`, the shards. Public as ``shoal.datasets``.
 """
 
 from __future__ import annotations
 
-import gzip
-import hashlib
 import inspect
-import os
 import zipfile
-import zlib
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any, final, overload
+from typing import Any, final
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from shoal.client.data import Shard, Table, as_table, read_npz, table
+from shoal.client.data import Shard, Table, as_table, table
+from shoal.client.readers import read_npz
 from shoal.protos import registry
 from shoal.protos.errors import DataError, ExperimentError, nearest
 from shoal.protos.seeds import stream
+from shoal.simulations.federated import ArrayData, FederatedData, LazyData, Numbered
 from shoal.simulations.partitioners import Natural, Partitioner
 
 __all__ = [
@@ -36,8 +31,6 @@ __all__ = [
     "FederatedData",
     "LazyData",
     "Numbered",
-    "fashion_mnist",
-    "fashion_mnist_subset",
     "from_arrays",
     "from_csv",
     "from_folder",
@@ -47,146 +40,7 @@ __all__ = [
     "load",
 ]
 
-# MD5 of the unpacked files: the same whoever packed them.
-FASHION_MNIST = {
-    "train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
-    "train-labels-idx1-ubyte": "9018921c3c673c538a1fc5bad174d6f9",
-    "t10k-images-idx3-ubyte": "8181f5470baa50b63fa0f6fddb340f0a",
-    "t10k-labels-idx1-ubyte": "15d484375f8d13e6eb1aabb0c3f46965",
-}
 COMMON = ("client_test", "partition", "test_fraction", "test_path")
-
-
-class FederatedData(ABC):
-    """What the clients hold. Subclasses are final."""
-
-    @property
-    @abstractmethod
-    def clients(self) -> Sequence[str]:
-        """The population, in a fixed order."""
-
-    @abstractmethod
-    def shard(self, client: str) -> Shard:
-        """One client's examples, at least one; DataError for an unknown client."""
-
-    @property
-    @abstractmethod
-    def shape(self) -> tuple[int, ...]:
-        """The shape of one example."""
-
-    @property
-    def test(self) -> Shard | None:
-        """The server's own test set."""
-        return None
-
-    @property
-    def classes(self) -> int | None:
-        """The number of classes; None where labels are no classes or it is not known."""
-        return None
-
-
-@final
-@dataclass(frozen=True, eq=False)
-class ArrayData(FederatedData):
-    """Shards as views of two tensors whose rows are ordered by client: a shard costs no copy.
-
-    ``offsets`` holds for each client ``(start, test_start, stop)``: rows from ``start`` to train on, from
-    ``test_start`` held out. DataError for a client without rows to train on.
-    """
-
-    x: Tensor
-    y: Tensor
-    offsets: Mapping[str, tuple[int, int, int]]
-    test: Shard | None = None
-    classes: int | None = None
-
-    def __post_init__(self) -> None:
-        for client, (start, middle, _) in self.offsets.items():
-            if middle <= start:
-                raise DataError(_no_examples(client))
-
-    @cached_property
-    def clients(self) -> Sequence[str]:
-        return tuple(self.offsets)
-
-    def shard(self, client: str) -> Shard:
-        if client not in self.offsets:
-            raise DataError(_unknown(client, self.clients))
-        start, middle, stop = self.offsets[client]
-        if middle == stop:
-            return Shard(self.x[start:stop], self.y[start:stop])
-        return Shard(self.x[start:middle], self.y[start:middle], self.x[middle:stop], self.y[middle:stop])
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.x.shape[1:])
-
-
-@final
-@dataclass(frozen=True, eq=False)
-class Numbered(Sequence[str]):
-    """The clients ``"0"`` to ``"n-1"`` without holding them: a population of millions costs nothing."""
-
-    n: int
-
-    def __len__(self) -> int:
-        return self.n
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[str]: ...
-    def __getitem__(self, index: int | slice) -> str | Sequence[str]:
-        numbers = range(self.n)[index]
-        return str(numbers) if isinstance(numbers, int) else [str(number) for number in numbers]
-
-    def __contains__(self, client: object) -> bool:
-        return isinstance(client, str) and client.isdecimal() and str(int(client)) == client and int(client) < self.n
-
-
-@final
-class LazyData(FederatedData):
-    """Shards made on demand by ``make_shard(client)``, which must give the same shard each time it is asked.
-
-    Nothing is kept: a large population costs what its cohorts cost. Without ``shape`` the first client's shard is made
-    to find it. DataError for an unknown client and for one without examples.
-    """
-
-    def __init__(
-        self,
-        clients: Sequence[str],
-        make_shard: Callable[[str], Shard],
-        test: Shard | None = None,
-        *,
-        classes: int | None = None,
-        shape: tuple[int, ...] | None = None,
-    ) -> None:
-        self._clients, self._make, self._test, self._classes, self._shape = clients, make_shard, test, classes, shape
-        self._known = clients if isinstance(clients, Numbered) else frozenset(clients)
-
-    def shard(self, client: str) -> Shard:
-        if client not in self._known:
-            raise DataError(_unknown(client, self._clients))
-        made = self._make(client)
-        if len(made) == 0:
-            raise DataError(_no_examples(client))
-        return made
-
-    @property
-    def clients(self) -> Sequence[str]:
-        return self._clients
-
-    @property
-    def test(self) -> Shard | None:
-        return self._test
-
-    @property
-    def classes(self) -> int | None:
-        return self._classes
-
-    @cached_property
-    def shape(self) -> tuple[int, ...]:
-        return self._shape or tuple(self.shard(self._clients[0]).x.shape[1:])
 
 
 @final
@@ -210,12 +64,14 @@ class Dataset:
         _check_share("client_test", self.client_test)
         if self.partitioner is not None:
             registry.validate(self.partitioner, "data.partition")
-        if self.test is not None and self.test.x.shape[1:] != self.train.x.shape[1:]:
+        if self.test is None:
+            return
+        shape, tested = self.train.x.shape[1:], self.test.x.shape[1:]
+        if tested != shape:
             raise DataError(
-                f"test examples have shape {list(self.test.x.shape[1:])}, but those to train on "
-                f"{list(self.train.x.shape[1:])}; prepare both alike"
+                f"test examples have shape {list(tested)}, but those to train on {list(shape)}; prepare both alike"
             )
-        if self.test is not None and self.test.class_names != self.train.class_names:
+        if self.test.class_names != self.train.class_names:
             raise DataError(
                 f"test labels are named {self.test.class_names}, but those to train on {self.train.class_names}; "
                 f"read both with the same class_names"
@@ -264,17 +120,9 @@ def load(
     ExperimentError for unknown names and arguments, DataError for data that is not what it must be.
     """
     _check_known(name, arguments)
-    train, test = _tables(registry.build("shoal.datasets", name, arguments, "data"), name)
-    if name == "npz":
-        test = _stored_test(train, arguments)
-    if sum((test is not None, test_fraction != 0, test_path is not None)) > 1:
-        raise ExperimentError(f"{name!r} would have two test sets; drop data.test_fraction or data.test_path")
-    if test_path is not None:
-        test = _test_file(name, train, {**arguments, "path": test_path})
-    if test_fraction:
-        train, test = _held_back(train, test_fraction)
-    common = {"client_test": client_test or None, "test_fraction": test_fraction or None, "test_path": test_path}
+    train, test = _train_and_test(name, arguments, test_fraction, test_path)
     partitioner = _partitioner(partition)
+    common = {"client_test": client_test or None, "test_fraction": test_fraction or None, "test_path": test_path}
     return Dataset(train, test, partitioner, client_test, _spec(name, {**arguments, **common}, partitioner))
 
 
@@ -339,69 +187,12 @@ def from_folder(path: str | Path, size: int | None = None, clients: bool = False
     return load("image-folder", path=path, size=size, clients=clients, **options)
 
 
-def fashion_mnist_subset() -> tuple[Table, Table]:
-    """6,000 images to train on and 1,000 to test on, ``[N, 1, 28, 28]``: a balanced subset that comes with Shoal."""
-    path = Path(__file__).parent / "data" / "fashion_mnist_subset.npz"
-    return read_npz(path), read_npz(path, "x_test", "y_test")
-
-
-def fashion_mnist(path: str | Path | None = None) -> tuple[Table, Table]:
-    """All 60,000 and 10,000 images, ``[N, 1, 28, 28]``, from the four ``.gz`` files in ``path``.
-
-    Without ``path`` from ``$SHOAL_DATA/fashion-mnist``, ``~/.cache/shoal/fashion-mnist`` or
-    ``/usr/share/datasets/fashion-mnist``. DataError if they are not there or are not the published ones.
-    """
-    folder = _fashion_folder(path)
-    x, y, x_test, y_test = (_idx(folder / f"{name}.gz", digest) for name, digest in FASHION_MNIST.items())
-    return _images(x, y), _images(x_test, y_test)
-
-
-def _fashion_folder(path: str | Path | None) -> Path:
-    shared = [Path.home() / ".cache/shoal/fashion-mnist", Path("/usr/share/datasets/fashion-mnist")]
-    own = [Path(os.environ["SHOAL_DATA"]) / "fashion-mnist"] if os.environ.get("SHOAL_DATA") else []
-    places = [*own, *shared] if path is None else [Path(path).expanduser()]
-    for place in places:
-        if all((place / f"{name}.gz").is_file() for name in FASHION_MNIST):
-            return place
-    files = ", ".join(f"{name}.gz" for name in FASHION_MNIST)
-    raise DataError(
-        f"Fashion-MNIST is not in {', '.join(map(str, places))}: put {files} "
-        f"from https://github.com/zalandoresearch/fashion-mnist there, or apt-get install dataset-fashion-mnist, "
-        f"or take 'fashion-mnist-subset'"
-    )
-
-
-def _idx(path: Path, digest: str) -> np.ndarray:
-    """The array of an IDX file, of which the digest is known."""
-    try:
-        content = gzip.decompress(path.read_bytes())
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} is damaged ({error}); fetch it again") from error
-    if hashlib.md5(content, usedforsecurity=False).hexdigest() != digest:
-        raise DataError(f"{path} is not the published file: its content has another MD5 than {digest}; fetch it again")
-    dims = content[3]
-    shape = [int.from_bytes(content[4 + 4 * i : 8 + 4 * i], "big") for i in range(dims)]
-    return np.frombuffer(content, np.uint8, offset=4 + 4 * dims).reshape(shape)
-
-
-def _images(x: np.ndarray, y: np.ndarray) -> Table:
-    return table(np.divide(x[:, None], np.float32(255), dtype=np.float32), y)
-
-
 def _tensor(array: np.ndarray) -> Tensor:
     return torch.from_numpy(np.require(array, requirements=["C", "W"]))
 
 
 def _kind(part: Table) -> str:
     return f"x {part.x.dtype}{list(part.x.shape[1:])} and y {part.y.dtype}{list(part.y.shape[1:])}"
-
-
-def _no_examples(client: str) -> str:
-    return f"client {client!r} has no examples to train on; leave it out, or raise the partitioner's min_examples"
-
-
-def _unknown(client: str, clients: Sequence[str]) -> str:
-    return f"there is no client {client!r} among {len(clients)} ({clients[0]!r} to {clients[-1]!r}); see data.clients"
 
 
 def _check_share(name: str, value: float) -> None:
@@ -418,10 +209,25 @@ def _check_known(name: str, arguments: Mapping[str, Any]) -> None:
             raise ExperimentError(f"unknown key 'data.{key}' for {name!r}{nearest(key, [*parameters, *COMMON])}")
 
 
-def _tables(result: Any, where: str) -> tuple[Table, Table | None]:
+def _train_and_test(
+    name: str, arguments: dict[str, Any], fraction: float, path: str | Path | None
+) -> tuple[Table, Table | None]:
+    """The rows, and the server's test set from the one place that has it."""
+    train, test = _read(name, arguments)
+    if name == "npz":
+        test = _stored_test(train, arguments)
+    if sum((test is not None, fraction != 0, path is not None)) > 1:
+        raise ExperimentError(f"{name!r} would have two test sets; drop data.test_fraction or data.test_path")
+    if path is not None:
+        return train, _test_file(name, train, {**arguments, "path": path})
+    return _held_back(train, fraction) if fraction else (train, test)
+
+
+def _read(name: str, arguments: Mapping[str, Any]) -> tuple[Table, Table | None]:
+    result = registry.build("shoal.datasets", name, arguments, "data")
     if isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], Table):
-        return result[0], None if result[1] is None else as_table(result[1], where)
-    return as_table(result, where), None
+        return result[0], None if result[1] is None else as_table(result[1], name)
+    return as_table(result, name), None
 
 
 def _stored_test(train: Table, arguments: Mapping[str, Any]) -> Table | None:
@@ -440,7 +246,7 @@ def _test_file(name: str, train: Table, arguments: dict[str, Any]) -> Table:
         )
     if "class_names" in parameters:  # a class that only one file knows must not shift the numbers of the others
         arguments["class_names"] = train.class_names
-    return _tables(registry.build("shoal.datasets", name, arguments, "data"), name)[0]
+    return _read(name, arguments)[0]
 
 
 def _test_like(train: Table, test: tuple[Any, Any] | Table | None, options: Mapping[str, Any]) -> Table | None:
@@ -493,8 +299,6 @@ def _spec(name: str, arguments: Mapping[str, Any], partitioner: Partitioner | No
 def _plain(value: Any) -> bool:
     if isinstance(value, Mapping):
         return all(isinstance(key, str) and _plain(item) for key, item in value.items())
-    return (
-        all(map(_plain, value))
-        if isinstance(value, list | tuple)
-        else isinstance(value, bool | int | float | str | Path)
-    )
+    if isinstance(value, list | tuple):
+        return all(map(_plain, value))
+    return isinstance(value, int | float | str | Path)

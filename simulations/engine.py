@@ -22,7 +22,7 @@ from shoal.protos import seeds
 from shoal.protos.errors import ClientError, ShoalError
 from shoal.protos.messages import Failure
 from shoal.server.fleet import Part, Report
-from shoal.simulations.datasets import FederatedData
+from shoal.simulations.federated import FederatedData
 from shoal.strategies.base import Context, Mine, Sent, State, Strategy, Update
 from shoal.strategies.sums import Carried, Contribution, contribute, plus
 

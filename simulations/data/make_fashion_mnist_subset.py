@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from shoal.client.data import Table
-from shoal.simulations.datasets import fashion_mnist
+from shoal.simulations.fashion import fashion_mnist
 
 SEED = 0
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from shoal import Experiment, LocalTraining, Run, Strategy, resume
 from shoal.client.data import Shard
 from shoal.protos import registry
-from shoal.simulations.datasets import ArrayData
+from shoal.simulations.federated import ArrayData
 
 STRATEGIES = registry.names("shoal.strategies")
 

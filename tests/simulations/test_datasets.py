@@ -1,7 +1,3 @@
-import gzip
-import hashlib
-import pickle
-import runpy
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -12,17 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from shoal.client.data import Shard, Table, table
+from shoal.client.data import Table, table
 from shoal.protos.errors import DataError, ExperimentError
 from shoal.simulations import datasets
 from shoal.simulations.datasets import (
-    ArrayData,
     Dataset,
-    FederatedData,
-    LazyData,
-    Numbered,
-    fashion_mnist,
-    fashion_mnist_subset,
     from_arrays,
     from_csv,
     from_folder,
@@ -31,6 +21,7 @@ from shoal.simulations.datasets import (
     from_shards,
     load,
 )
+from shoal.simulations.federated import FederatedData
 from shoal.simulations.partitioners import Dirichlet, Iid, Natural, Partitioner
 
 X = np.arange(60, dtype=np.float32).reshape(30, 2)
@@ -54,71 +45,10 @@ def rows_of(data: FederatedData) -> dict[str, tuple[list[float], list[float]]]:
     }
 
 
-def test_array_data_hands_out_views() -> None:
-    data = ArrayData(torch.arange(6.0)[:, None], torch.arange(6), {"a": (0, 2, 3), "b": (3, 6, 6)}, classes=6)
-
-    shard = data.shard("a")
-    assert shard.x.tolist() == [[0], [1]]
-    assert shard.held_out is not None
-    assert shard.held_out.y.tolist() == [2]
-    assert shard.x.untyped_storage().data_ptr() == data.x.untyped_storage().data_ptr()
-    assert data.shard("b").held_out is None
-    assert (data.clients, data.shape, data.classes, data.test) == (("a", "b"), (1,), 6, None)
-
-
-def test_array_data_errors() -> None:
-    with pytest.raises(DataError, match="client 'b' has no examples to train on; leave it out"):
-        ArrayData(torch.zeros(2, 1), torch.zeros(2), {"a": (0, 2, 2), "b": (2, 2, 2)})
-    data = ArrayData(torch.zeros(2, 1), torch.zeros(2), {"a": (0, 2, 2)})
-    with pytest.raises(DataError, match=r"there is no client 'x' among 1 \('a' to 'a'\); see data.clients"):
-        data.shard("x")
-
-
-def test_array_data_crosses_to_another_process() -> None:
-    data = from_arrays(X, Y, IDS).split(0)
-    assert data.clients == ("a", "b", "c")
-
-    assert rows_of(pickle.loads(pickle.dumps(data))) == rows_of(data)
-
-
-def test_numbered_is_a_sequence_that_holds_nothing() -> None:
-    population = Numbered(1_000_000)
-
-    assert len(population) == 1_000_000
-    assert (population[3], population[-1], population[2:4]) == ("3", "999999", ["2", "3"])
-    assert "999999" in population
-    assert not any(name in population for name in ("1000000", "-1", "01", "x", "", 3))
-    assert list(Numbered(3)) == ["0", "1", "2"]
-    with pytest.raises(IndexError):
-        population[1_000_000]
-
-
-def test_lazy_data_makes_only_what_is_asked_for() -> None:
-    asked: list[str] = []
-
-    def make(client: str) -> Shard:
-        asked.append(client)
-        return Shard(torch.full((2, 3), float(client)), torch.zeros(2))
-
-    data = LazyData(Numbered(1_000_000), make, classes=2)
-    assert data.shard("77").x[0, 0] == 77
-    assert (data.shape, data.classes, data.test, len(data.clients)) == ((3,), 2, None, 1_000_000)
-    assert asked == ["77", "0"]
-    assert LazyData(["a"], make, shape=(3,)).shape == (3,)
-
-
-def test_lazy_data_errors() -> None:
-    data = LazyData(["a", "b"], lambda client: Shard(torch.zeros(0, 1), torch.zeros(0)))
-
-    with pytest.raises(DataError, match="there is no client 'c' among 2"):
-        data.shard("c")
-    with pytest.raises(DataError, match="client 'a' has no examples"):
-        data.shard("a")
-
-
 def test_split_takes_the_clients_column_or_the_partitioner() -> None:
     own, iid = from_arrays(X, Y, IDS), from_arrays(X, Y, IDS, partition=Iid(4))
 
+    assert own.split(0).clients == ("a", "b", "c")
     assert rows_of(own.split(0))["a"] == (X[1::3, 0].tolist(), [])
     assert iid.split(0).clients == ("0", "1", "2", "3")
     assert sorted(row for train, _ in rows_of(iid.split(0)).values() for row in train) == X[:, 0].tolist()
@@ -369,79 +299,6 @@ def test_a_function_must_return_rows(tmp_path: Path) -> None:
         load(f"{path}:make", anything=1)
 
 
-def test_the_subset_is_balanced_and_ready_for_a_model() -> None:
-    data = load("fashion-mnist-subset", partition=Dirichlet(20, alpha=0.5))
-
-    assert data.train.x.shape == (6000, 1, 28, 28)
-    assert data.train.x.dtype == np.float32
-    assert (data.train.x.min(), data.train.x.max()) == (0, 1)
-    assert np.bincount(data.train.y).tolist() == [600] * 10
-    assert np.bincount(data.train.y[:50]).tolist() == [5] * 10
-    assert data.test is not None
-    assert np.bincount(data.test.y).tolist() == [100] * 10
-    assert data.spec == {
-        "name": "fashion-mnist-subset",
-        "partition": {"kind": "dirichlet", "clients": 20, "alpha": 0.5, "min_examples": 1},
-    }
-    split = data.split(0)
-    assert (len(split.clients), split.shape, split.classes) == (20, (1, 28, 28), 10)
-
-
-@pytest.fixture
-def small_fashion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Four files of the official form with 700 images a class, and their digests in place of the official ones."""
-    folder = tmp_path / "fashion-mnist"
-    folder.mkdir()
-    digests = {}
-    for name in datasets.FASHION_MNIST:
-        labels = np.arange(7000 if name.startswith("train") else 1200, dtype=np.uint8) % 10
-        array = labels if "labels" in name else np.zeros((len(labels), 2, 2), np.uint8) + labels[:, None, None]
-        header = bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
-        content = header + array.tobytes()
-        digests[name] = hashlib.md5(content).hexdigest()
-        (folder / f"{name}.gz").write_bytes(gzip.compress(content, 1))
-    monkeypatch.setattr(datasets, "FASHION_MNIST", digests)
-    monkeypatch.delenv("SHOAL_DATA", raising=False)
-    return folder
-
-
-def test_fashion_mnist_is_found_in_the_usual_places(small_fashion: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SHOAL_DATA", str(small_fashion.parent))
-
-    for train, test in (fashion_mnist(), fashion_mnist(small_fashion)):
-        assert train.x.shape == (7000, 1, 2, 2)
-        assert train.x[9, 0, 0, 0] == np.float32(9 / 255)
-        assert test.y[:3].tolist() == [0, 1, 2]
-
-
-def test_fashion_mnist_errors(small_fashion: Path) -> None:
-    with pytest.raises(DataError, match=r"not in nowhere: put train-images-idx3-ubyte.gz, .*apt-get install.*-subset'"):
-        fashion_mnist("nowhere")
-    file = small_fashion / "t10k-labels-idx1-ubyte.gz"
-    file.write_bytes(gzip.compress(b"other"))
-    with pytest.raises(DataError, match=r"t10k-labels-idx1-ubyte.gz is not the published file: .*; fetch it again"):
-        fashion_mnist(small_fashion)
-    file.write_bytes(b"broken")
-    with pytest.raises(DataError, match=r"t10k-labels-idx1-ubyte.gz is damaged .*; fetch it again"):
-        fashion_mnist(small_fashion)
-
-
-def test_the_script_draws_a_balanced_subset(small_fashion: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    saved: dict[str, np.ndarray] = {}
-    monkeypatch.setattr(np, "savez_compressed", lambda path, **arrays: saved.update(arrays))
-    script = Path(datasets.__file__).parent / "data" / "make_fashion_mnist_subset.py"
-
-    runpy.run_path(str(script))["main"](str(small_fashion))
-    assert {name: (array.shape, array.dtype.name) for name, array in saved.items()} == {
-        "x": ((6000, 2, 2), "uint8"),
-        "y": ((6000,), "uint8"),
-        "x_test": ((1000, 2, 2), "uint8"),
-        "y_test": ((1000,), "uint8"),
-    }
-    assert (saved["x"][:, 0, 0] == saved["y"]).all()
-    assert np.bincount(saved["y_test"][:20]).tolist() == [2] * 10
-
-
 def test_the_usual_partitioner_is_the_datas_own() -> None:
     assert rows_of(Dataset(table(X, Y, IDS)).split(0)) == rows_of(
         Dataset(table(X, Y, IDS), partitioner=Natural()).split(0)
@@ -455,7 +312,6 @@ def test_tables_that_cannot_be_written_to_still_split() -> None:
 
     assert data.test is not None
     assert data.test.x.tolist() == X.tolist()
-    assert fashion_mnist_subset()[1].x.shape == (1000, 1, 28, 28)
 
 
 def test_public_names_are_sorted() -> None:

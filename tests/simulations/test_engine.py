@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from shoal import Experiment, LocalTraining
 from shoal.client.data import Shard
 from shoal.protos import seeds
-from shoal.simulations.datasets import ArrayData
 from shoal.simulations.engine import Assignment, Engine, Job, build_module
+from shoal.simulations.federated import ArrayData
 from shoal.strategies.base import Context
 from shoal.strategies.fedavg import FedAvg
 from shoal.strategies.sums import Carried

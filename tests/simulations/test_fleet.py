@@ -18,7 +18,7 @@ from torch import nn
 from shoal import Client, Experiment, LocalTraining, Run, Scaffold, Work
 from shoal.client.data import Shard
 from shoal.protos.errors import ExperimentError, RoundError
-from shoal.simulations.datasets import ArrayData, LazyData, Numbered
+from shoal.simulations.federated import ArrayData, LazyData, Numbered
 
 N = 40
 
