@@ -159,8 +159,8 @@ def _from_frame(
     columns = [str(name) for name in frame.columns]
     frame.columns = columns
     chosen = [name for name in columns if name not in (label, client)] if features is None else list(features)
-    for name in (label, client, *chosen):
-        if name is not None and name not in columns:
+    for name in [label, *([] if client is None else [client]), *chosen]:
+        if name not in columns:
             raise DataError(f"{place} has no column {name!r}{nearest(name, columns)}")
     if not chosen:
         raise DataError(f"{place} has no feature columns beside {label!r}; name them in features")

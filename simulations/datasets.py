@@ -64,14 +64,12 @@ class Dataset:
         _check_share("client_test", self.client_test)
         if self.partitioner is not None:
             registry.validate(self.partitioner, "data.partition")
-        if self.test is None:
-            return
-        shape, tested = self.train.x.shape[1:], self.test.x.shape[1:]
-        if tested != shape:
+        if self.test is not None and self.test.x.shape[1:] != self.train.x.shape[1:]:
             raise DataError(
-                f"test examples have shape {list(tested)}, but those to train on {list(shape)}; prepare both alike"
+                f"test examples have shape {list(self.test.x.shape[1:])}, but those to train on "
+                f"{list(self.train.x.shape[1:])}; prepare both alike"
             )
-        if self.test.class_names != self.train.class_names:
+        if self.test is not None and self.test.class_names != self.train.class_names:
             raise DataError(
                 f"test labels are named {self.test.class_names}, but those to train on {self.train.class_names}; "
                 f"read both with the same class_names"
@@ -290,9 +288,7 @@ def _spec(name: str, arguments: Mapping[str, Any], partitioner: Partitioner | No
         if described is None:
             return None
         spec["partition"] = {"kind": described.pop("name"), **described}
-    for key in ("path", "test_path"):
-        if key in spec:
-            spec[key] = Path(spec[key]).expanduser()
+    spec |= {key: Path(spec[key]).expanduser() for key in ("path", "test_path") if key in spec}
     return spec if _plain(spec) else None
 
 
