@@ -28,7 +28,7 @@ check: .venv/.dev ## lint, types, and whether the generated stubs are current
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/mypy tests examples benchmarks
+	$(BIN)/mypy --explicit-package-bases tests examples benchmarks
 	$(MAKE) protos
 	git diff --exit-code protos/
 

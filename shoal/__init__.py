@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from shoal.client.local import LocalTraining as LocalTraining
     from shoal.experiment import Experiment as Experiment
     from shoal.protos.errors import ShoalError as ShoalError
+    from shoal.protos.experiment import Evaluation as Evaluation
     from shoal.run import Run as Run
     from shoal.simulate import resume as resume
     from shoal.simulations import datasets as datasets
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Client": "shoal.client.client",
+    "Evaluation": "shoal.protos.experiment",
     "Dirichlet": "shoal.simulations.partitioners",
     "DirichletMix": "shoal.simulations.partitioners",
     "Experiment": "shoal.experiment",
@@ -63,6 +65,7 @@ __all__ = [
     "Client",
     "Dirichlet",
     "DirichletMix",
+    "Evaluation",
     "Experiment",
     "FedAdagrad",
     "FedAdam",

@@ -61,7 +61,8 @@ class Experiment:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        files.parse(self._plain() | {"data": "checked elsewhere", "model": "checked elsewhere"})
+        parsed = files.parse(self._plain() | {"data": "checked elsewhere", "model": "checked elsewhere"})
+        object.__setattr__(self, "evaluation", parsed.evaluation)  # a mapping will do as well
         for where in ("strategy", "local", "selector"):
             registry.validate(getattr(self, where), where)
         loss_named(self.local.loss)
@@ -130,7 +131,7 @@ class Experiment:
 
     def _plain(self) -> dict[str, Any]:
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _OBJECTS}
-        values["evaluation"] = self.evaluation.model_dump()
+        values["evaluation"] = dict(self.evaluation)
         values["target"] = dict(self.target)
         return {key: value for key, value in values.items() if value is not None}
 

@@ -124,4 +124,4 @@ def test_public_names_are_sorted_and_exist() -> None:
     for name in shoal.__all__:
         assert getattr(shoal, name) is not None
     with pytest.raises(AttributeError, match="nothing"):
-        _ = shoal.nothing  # type: ignore[attr-defined]
+        _ = shoal.nothing

@@ -27,7 +27,7 @@ def normed() -> nn.Module:
 
 def test_segments() -> None:
     module = normed()
-    module[0].bias.requires_grad_(False)  # type: ignore[index, union-attr, operator]
+    module[0].bias.requires_grad_(False)  # type: ignore[index]
     layout = layout_of(module)
 
     assert layout.size(Segment.TRAINABLE) == 12 + 3 + 3 + 6 + 2

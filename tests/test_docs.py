@@ -1,0 +1,78 @@
+"""What the README and the docs say is true of the code."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from shoal.client.local import LocalTraining
+from shoal.protos.experiment import ExperimentFile
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.slow
+def test_the_readmes_python_runs_as_printed(tmp_path: Path) -> None:
+    code = "\n".join(blocks("python")) + "\nrun = Halfway(part=0.25); print(run)\n"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+
+    assert done.returncode == 0, done.stderr
+    assert "finished" in done.stdout and "Halfway(part=0.25)" in done.stdout
+    assert (tmp_path / "fashion.html").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_the_readmes_own_strategy_runs_from_a_file(tmp_path: Path) -> None:
+    (tmp_path / "my.py").write_text("import shoal\n" + blocks("python")[-1])
+    command = (
+        "import sys; sys.argv = ['shoal', 'simulate', 'e.toml', 'strategy=my.py:Halfway', 'rounds=1', 'model=linear']"
+    )
+    (tmp_path / "e.toml").write_text((ROOT / "examples" / "fashion.toml").read_text())
+    code = f"{command}\nfrom shoal.cli import main\nmain()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+
+    assert done.returncode == 0, done.stderr
+    assert "Halfway" in done.stdout
+
+
+def test_the_readmes_experiment_is_the_example() -> None:
+    shown = tomllib.loads(blocks("toml")[0])
+    example = tomllib.loads((ROOT / "examples" / "fashion.toml").read_text())
+
+    assert shown == {key: example[key] for key in shown}
+
+
+def test_every_target_that_the_readme_names_exists() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+    assert set(re.findall(r"^make ([a-z-]+)", README, re.MULTILINE)) <= targets
+    for path in re.findall(r"\]\(([^)#]+)\)", README):
+        assert path.startswith("http") or (ROOT / path).exists(), path
+
+
+def test_every_key_is_documented() -> None:
+    text = (ROOT / "docs" / "experiment.md").read_text()
+
+    for key in ExperimentFile.model_fields:
+        assert f"`{key}" in text, key
+    for field in fields(LocalTraining):
+        assert f"`{field.name}`" in text, field.name
+
+
+def test_every_strategy_is_in_the_changelog() -> None:
+    from shoal.protos import registry
+
+    text = (ROOT / "CHANGELOG.md").read_text().lower()
+    for name in registry.names("shoal.strategies"):
+        assert name in text
