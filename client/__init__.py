@@ -1,1 +1,1 @@
-
+"""One participant: its data, models and local training."""

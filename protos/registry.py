@@ -39,8 +39,11 @@ def names(group: str) -> list[str]:
 
 def load(group: str, name: str) -> Any:
     """The object behind a name; ExperimentError if there is none."""
-    if ":" in name:
-        return _by_path(name)
+    return _by_path(name) if ":" in name else _registered(group, name)
+
+
+@lru_cache(maxsize=256)
+def _registered(group: str, name: str) -> Any:
     points = _group(group)
     if name not in points:
         kind = group.rpartition(".")[2]

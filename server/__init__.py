@@ -1,1 +1,1 @@
-
+"""The coordinator: rounds over any fleet, the run folder, checkpoints."""

@@ -1,4 +1,4 @@
-"""Composition: an experiment becomes data, fleet, coordinator and run folder, and runs."""
+"""Running an experiment here: from the start, or from where an earlier run ended."""
 
 from __future__ import annotations
 
@@ -9,32 +9,22 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from shoal.client.data import Shard
-from shoal.client.losses import cross_entropy, loss_named
-from shoal.client.net import Net, parameters_of
-from shoal.client.participant import evaluate
+from shoal.compose import Composition
 from shoal.experiment import UNNAMED, Experiment
 from shoal.progress import Display, display
-from shoal.protos.errors import DataError, ExperimentError, RunError, nearest
-from shoal.protos.parameters import Parameters, Segment
+from shoal.protos.errors import ExperimentError, RunError, nearest
+from shoal.protos.parameters import Segment
 from shoal.run import Run, summarise
 from shoal.server.checkpoints import Checkpoint
-from shoal.server.coordinator import Coordinator, Plan, start
+from shoal.server.coordinator import Coordinator
 from shoal.server.runs import RunFolder
-from shoal.simulations.datasets import Dataset
-from shoal.simulations.engine import Assignment, build_module
-from shoal.simulations.federated import ArrayData
-from shoal.simulations.fleet import SimulatedFleet
 
 __all__ = ["resume", "simulate"]
 
@@ -45,11 +35,12 @@ def simulate(experiment: Experiment, *, engine: str, workers: int | None, out: P
     """Run an experiment from the start; see :meth:`shoal.Experiment.simulate`."""
     if engine not in ENGINES:
         raise ExperimentError(f"there is no engine {engine!r}{nearest(engine, ENGINES)}")
-    composed = _Composed(experiment, _workers(experiment, workers))
+    number, show = _workers(experiment, workers), display(progress)
+    composition = Composition(experiment)
     folder = RunFolder.create(out, experiment.name)
     folder.write("experiment.toml", experiment.toml())
-    folder.write("env.json", _environment(composed))
-    return composed.run(folder, start(experiment.strategy, experiment.selector, composed.initial), display(progress))
+    folder.write("env.json", _environment(composition, number))
+    return _run(composition, folder, composition.start(), number, show)
 
 
 def resume(
@@ -59,147 +50,56 @@ def resume(
 
     ``experiment`` is needed only if the run was made from Python objects that a file cannot name.
     """
-    folder = RunFolder.open(Path(path))
-    text = (folder.path / "experiment.toml").read_text(encoding="utf-8")
-    if experiment is None:
-        if text.startswith(UNNAMED):
-            raise RunError(
-                f"{folder.path} was made from Python objects ({text.splitlines()[0].removeprefix(UNNAMED).strip()}); "
-                f"resume it from Python with shoal.resume(path, experiment=...)"
-            )
-        experiment = Experiment.from_file(folder.path / "experiment.toml")
+    folder, show = RunFolder.open(Path(path)), display(progress)
+    experiment = _kept_experiment(folder) if experiment is None else experiment
     if rounds is not None:
         experiment = replace(experiment, rounds=rounds)
-        folder.write("experiment.toml", experiment.toml())
-    recorded = folder.read("env.json")
-    composed = _Composed(experiment, int(recorded["workers"]))
-    point = folder.latest() or start(experiment.strategy, experiment.selector, composed.initial)
-    difference = composed.initial.layout.difference(point.layout)
+    composition, recorded = Composition(experiment), folder.read("env.json")
+    point = folder.latest() or composition.start()
+    difference = composition.initial.layout.difference(point.layout)
     if difference is not None:
         raise RunError(f"the checkpoint in {folder.path} is of another model ({difference}); use the model of that run")
-    if point.round == experiment.rounds:
-        raise RunError(f"{folder.path} has all its {point.round} rounds; give rounds=N to make it longer")
-    if recorded["versions"] != _versions():
-        folder.log("resumed under other versions: bits may differ", versions=_versions())
-    folder.rewind(point.round if point.round else -1)
-    folder.log("resumed", round=point.round)
-    return composed.run(folder, point, display(progress))
+    if point.round >= experiment.rounds:
+        raise RunError(f"{folder.path} has all its {point.round} rounds; make it longer with --rounds (rounds=…)")
+    folder.write("experiment.toml", experiment.toml())
+    folder.rewind(point.round if point.round else -1)  # round 0, the initial model, is evaluated again
+    folder.log("resumed", round=point.round, versions=_versions(), same=recorded["versions"] == _versions())
+    return _run(composition, folder, point, int(recorded["workers"]), show)
 
 
-class _Composed:
-    """The parts of one run, checked against each other before anything is written."""
+def _kept_experiment(folder: RunFolder) -> Experiment:
+    first = (folder.path / "experiment.toml").read_text(encoding="utf-8").partition("\n")[0]
+    if first.startswith(UNNAMED):
+        raise RunError(
+            f"{folder.path} was made from Python objects ({first.removeprefix(UNNAMED).strip()}); "
+            f"resume it from Python with shoal.resume(path, experiment=...)"
+        )
+    return Experiment.from_file(folder.path / "experiment.toml")
 
-    def __init__(self, experiment: Experiment, workers: int) -> None:
-        data = experiment.data.split(experiment.seed) if isinstance(experiment.data, Dataset) else experiment.data
-        if experiment.cohort > len(data.clients):
-            raise ExperimentError(
-                f"cohort is {experiment.cohort}, but there are only {len(data.clients)} clients; "
-                f"lower cohort or split the data among more clients"
-            )
-        self.experiment, self.data, self.workers = experiment, data, workers
-        self.make_model = experiment.make_model(data)
-        module = build_module(self.make_model, experiment.seed, experiment.dtype)
-        self.net = Net(module, experiment.device)
-        self.initial = parameters_of(module).map(Tensor.cpu)
-        self._check_data()
-        if experiment.evaluation.clients_every and not any(
-            data.shard(client).held_out is not None for client in data.clients[:100]
-        ):
-            raise ExperimentError(
-                "evaluation.clients_every is set, but clients hold no test examples; set data.client_test = 0.2"
-            )
 
-    def _check_data(self) -> None:
-        """One forward pass, and every label in range: better here than as a traceback from a client."""
-        first = self.data.shard(self.data.clients[0])
-        with torch.no_grad():
-            try:
-                output = self.net.module.eval()(self._cast(first.x[:2]).to(self.net.flat.device))
-            except RuntimeError as error:
-                raise ExperimentError(
-                    f"the model does not accept examples of shape {list(first.x.shape[1:])}: {error}"
-                ) from error
-        if loss_named(self.experiment.local.loss) is not cross_entropy:
-            return
-        if isinstance(self.data, ArrayData):
-            _check_labels(self.data.y, output.shape[1], "the training data")
-        if self.data.test is not None:
-            _check_labels(self.data.test.y, output.shape[1], "the test data")
-
-    def _cast(self, x: Tensor) -> Tensor:
-        return x.to(self.net.dtype) if x.is_floating_point() else x
-
-    def run(self, folder: RunFolder, point: Checkpoint, show: Display) -> Run:
-        """Run to the end or to an interrupt; the summary says which."""
-        experiment, began = self.experiment, time.perf_counter()
-        fleet = None
-        try:
-            show.starting(folder.path, experiment, len(self.data.clients), self.initial.layout, self.engine)
-            fleet = SimulatedFleet(self._assignment(), self.workers)
-            coordinator = Coordinator(
-                self._plan(), experiment.strategy, experiment.selector, fleet, point, self._evaluate(), [folder, show]
-            )
-            folder.write("summary.json", {"status": "running", "name": experiment.name})
-            status = "failed"
+def _run(composition: Composition, folder: RunFolder, point: Checkpoint, workers: int, show: Display) -> Run:
+    """To the end or to an interrupt; the summary says which, whatever happens."""
+    experiment, began, status = composition.experiment, time.perf_counter(), "failed"
+    folder.write("summary.json", {"status": "running", "name": experiment.name})
+    engine = f"lean × {workers} workers" if workers else "lean, in this process"
+    show.starting(folder.path, experiment, len(composition.data.clients), point.layout, engine)
+    try:
+        with closing(composition.fleet(workers)) as fleet:
+            coordinator = composition.coordinator(fleet, point, [folder, show])
             with _interruptible(coordinator, show):
                 point = coordinator.run()
-            status = "finished" if point.round == experiment.rounds else "interrupted"
-        except KeyboardInterrupt:
-            status = "interrupted"
-            raise
-        finally:
-            if fleet is not None:
-                fleet.close()
-                summary = summarise(folder, experiment.target) | {
-                    "status": status,
-                    "name": experiment.name,
-                    "wall_seconds": time.perf_counter() - began,
-                }
-                folder.write("summary.json", summary)
-            folder.close()
-            show.close()
-        show.finished(Run(folder.path))
-        return Run(folder.path)
-
-    @property
-    def engine(self) -> str:
-        return f"lean × {self.workers} workers" if self.workers else "lean, in this process"
-
-    def _plan(self) -> Plan:
-        e = self.experiment
-        return Plan(
-            e.rounds, e.cohort, e.seed, e.quorum, e.over_select, e.deadline,
-            e.evaluation.every, e.evaluation.clients_every, e.checkpoint_every,
-        )  # fmt: skip
-
-    def _assignment(self) -> Assignment:
-        e = self.experiment
-        return Assignment(self.make_model, self.data, e.strategy, e.local, e.seed, e.dtype, e.device, e.client)
-
-    def _evaluate(self) -> Any:
-        test = self.data.test
-        if test is None:
-            return None
-        device = self.net.flat.device
-        shard = Shard(self._cast(test.x).to(device), test.y.to(device))
-
-        def on_test_set(parameters: Parameters[Tensor]) -> dict[str, float]:
-            self.net.load(parameters.trainable, parameters.buffers, parameters.counters)
-            return evaluate(self.net, self.experiment.local, shard)
-
-        return on_test_set
-
-
-def _check_labels(y: Tensor, outputs: int, where: str) -> None:
-    if y.dtype.is_floating_point:
-        raise DataError(f"{where} has labels of {y.dtype}, cross-entropy needs class numbers; set local.loss = 'mse'")
-    wrong = ((y < 0) | (y >= outputs)).nonzero()
-    if len(wrong):
-        row = tuple(wrong[0].tolist())
-        raise DataError(
-            f"label {int(y[row])} in row {row[0]} of {where} is out of range for a model with {outputs} outputs; "
-            f"labels must be 0 to {outputs - 1}: set model.classes or correct the labels"
-        )
+        status = "finished" if point.round >= experiment.rounds else "interrupted"
+    except KeyboardInterrupt:
+        status = "interrupted"
+        raise
+    finally:
+        ended = {"status": status, "name": experiment.name, "wall_seconds": time.perf_counter() - began}
+        folder.write("summary.json", summarise(folder, experiment.target) | ended)
+        folder.close()
+        show.close()
+        if status != "failed":
+            show.finished(Run(folder.path))
+    return Run(folder.path)
 
 
 def _workers(experiment: Experiment, workers: int | None) -> int:
@@ -242,16 +142,16 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _environment(composed: _Composed) -> dict[str, Any]:
+def _environment(composition: Composition, workers: int) -> dict[str, Any]:
     return {
         "engine": "lean",
-        "workers": composed.workers,
+        "workers": workers,
         "versions": _versions(),
         "platform": platform.platform(),
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "command": sys.argv,
-        "population": len(composed.data.clients),
-        "parameters": composed.initial.layout.size(Segment.TRAINABLE),
-        "layout": composed.initial.layout.hash,
+        "population": len(composition.data.clients),
+        "parameters": composition.initial.layout.size(Segment.TRAINABLE),
+        "layout": composition.initial.layout.hash,
     }

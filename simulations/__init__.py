@@ -1,1 +1,1 @@
-
+"""Virtual clients: data sets, partitioners, the engine, worker processes."""

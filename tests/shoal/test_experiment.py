@@ -25,7 +25,13 @@ def data(**changes: Any) -> Any:
 
 
 def experiment(**changes: Any) -> Experiment:
-    fields: dict[str, Any] = {"model": "linear", "data": data(), "rounds": 3, "cohort": 4, "local": LocalTraining(lr=0.5, batch_size=5)}
+    fields: dict[str, Any] = {
+        "model": "linear",
+        "data": data(),
+        "rounds": 3,
+        "cohort": 4,
+        "local": LocalTraining(lr=0.5, batch_size=5),
+    }
     return Experiment(**(fields | changes))
 
 

@@ -37,7 +37,11 @@ def data(clients: int = 40) -> ArrayData:
 
 def experiment(strategy: str | Strategy, **changes: Any) -> Experiment:
     made = registry.load("shoal.strategies", strategy)() if isinstance(strategy, str) else strategy
-    fields: dict[str, Any] = {"rounds": 4, "cohort": 20, "local": LocalTraining(lr=0.05, batch_size=4, drop_last=True)} | changes
+    fields: dict[str, Any] = {
+        "rounds": 4,
+        "cohort": 20,
+        "local": LocalTraining(lr=0.05, batch_size=4, drop_last=True),
+    } | changes
     return Experiment(model=net, data=data(), strategy=made, **fields)
 
 

@@ -1,0 +1,131 @@
+"""Composition: an experiment becomes data, model, fleet and coordinator, checked against each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from shoal.client.data import Shard
+from shoal.client.losses import cross_entropy, loss_named
+from shoal.client.net import Net, parameters_of
+from shoal.client.participant import evaluate
+from shoal.experiment import Experiment
+from shoal.protos.errors import DataError, ExperimentError
+from shoal.protos.parameters import Parameters
+from shoal.server.checkpoints import Checkpoint
+from shoal.server.coordinator import Coordinator, Observer, Plan, start
+from shoal.server.fleet import Fleet
+from shoal.simulations.datasets import Dataset
+from shoal.simulations.engine import Assignment, build_module
+from shoal.simulations.federated import ArrayData
+from shoal.simulations.fleet import SimulatedFleet
+
+__all__ = ["Composition"]
+
+
+class Composition:
+    """The parts of one run. Making it writes nothing: what is wrong is said before there is a run folder."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        self.experiment = experiment
+        self.data = experiment.data.split(experiment.seed) if isinstance(experiment.data, Dataset) else experiment.data
+        self._check_clients()
+        self._make_model = experiment.make_model(self.data)
+        module = build_module(self._make_model, experiment.seed, experiment.dtype)
+        self._net = Net(module, experiment.device)
+        self.initial: Parameters[Tensor] = parameters_of(module).map(Tensor.cpu)
+        self._check_labels(self._outputs())
+
+    def start(self) -> Checkpoint:
+        """The value before the first round."""
+        return start(self.experiment.strategy, self.experiment.selector, self.initial)
+
+    def fleet(self, workers: int) -> Fleet:
+        """The simulated clients, in worker processes or (0) in this one."""
+        e = self.experiment
+        assignment = Assignment(self._make_model, self.data, e.strategy, e.local, e.seed, e.dtype, e.device, e.client)
+        return SimulatedFleet(assignment, workers)
+
+    def coordinator(self, fleet: Fleet, point: Checkpoint, observers: Sequence[Observer]) -> Coordinator:
+        """The loop of rounds from ``point`` on."""
+        e = self.experiment
+        plan = Plan(
+            rounds=e.rounds,
+            cohort=e.cohort,
+            seed=e.seed,
+            quorum=e.quorum,
+            over_select=e.over_select,
+            deadline=e.deadline,
+            evaluate_every=e.evaluation.every,
+            evaluate_clients_every=e.evaluation.clients_every,
+            checkpoint_every=e.checkpoint_every,
+        )
+        return Coordinator(plan, e.strategy, e.selector, fleet, point, self._evaluation(), observers)
+
+    def _evaluation(self) -> Callable[[Parameters[Tensor]], Mapping[str, float]] | None:
+        if self.data.test is None:
+            return None
+        shard = Shard(self._as_input(self.data.test.x), self.data.test.y.to(self._net.flat.device))
+
+        def on_test_set(parameters: Parameters[Tensor]) -> Mapping[str, float]:
+            self._net.load(parameters.trainable, parameters.buffers, parameters.counters)
+            return evaluate(self._net, self.experiment.local, shard)
+
+        return on_test_set
+
+    def _as_input(self, x: Tensor) -> Tensor:
+        return x.to(self._net.flat.device, self._net.dtype if x.is_floating_point() else x.dtype)
+
+    def _check_clients(self) -> None:
+        experiment, clients = self.experiment, self.data.clients
+        if experiment.cohort > len(clients):
+            raise ExperimentError(
+                f"cohort is {experiment.cohort}, but there are only {len(clients)} clients; "
+                f"lower cohort or split the data among more clients"
+            )
+        # A sample is enough: with client_test set, only clients of a single example hold nothing out.
+        sample = (self.data.shard(clients[i]) for i in range(min(100, len(clients))))
+        if experiment.evaluation.clients_every and all(shard.held_out is None for shard in sample):
+            raise ExperimentError(
+                "evaluation.clients_every is set, but clients hold no test examples; set data.client_test = 0.2"
+            )
+
+    def _outputs(self) -> Tensor:
+        """One forward pass: a model that does not fit the data is better found here than by every client."""
+        x = self.data.shard(self.data.clients[0]).x[:2]
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                output = self._net.module.eval()(self._as_input(x))
+        except Exception as error:
+            raise ExperimentError(
+                f"the model does not accept examples of shape {list(x.shape[1:])}: {error}"
+            ) from error
+        if not isinstance(output, Tensor):
+            raise ExperimentError(f"the model returns a {type(output).__name__}; it must return one tensor")
+        return output
+
+    def _check_labels(self, output: Tensor) -> None:
+        if loss_named(self.experiment.local.loss) is not cross_entropy:
+            return
+        if output.ndim < 2:
+            raise ExperimentError(
+                f"the model's output has shape {list(output.shape)}, cross-entropy needs [examples, classes]"
+            )
+        if isinstance(self.data, ArrayData):
+            _check_range(self.data.y, output.shape[1], "the training data")
+        if self.data.test is not None:
+            _check_range(self.data.test.y, output.shape[1], "the test data")
+
+
+def _check_range(y: Tensor, outputs: int, where: str) -> None:
+    if y.dtype.is_floating_point:
+        raise DataError(f"{where} has labels of {y.dtype}, cross-entropy needs class numbers; set local.loss = 'mse'")
+    wrong = ((y < 0) | (y >= outputs)).nonzero()
+    if len(wrong):
+        row = tuple(wrong[0].tolist())
+        raise DataError(
+            f"label {int(y[row])} in row {row[0]} of {where} is out of range for a model with {outputs} outputs; "
+            f"labels must be 0 to {outputs - 1}: set model.classes or correct the labels"
+        )
