@@ -69,8 +69,8 @@ def display(mode: str) -> Display:
 class Plain(Display):
     """One line a round."""
 
-    def __init__(self) -> None:
-        self.console = Console(highlight=False, soft_wrap=True)
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False, soft_wrap=True)
         self._rounds = 0
 
     def starting(self, path: Path, experiment: Experiment, population: int, layout: Layout, engine: str) -> None:
@@ -91,8 +91,8 @@ class Plain(Display):
 class Live(Plain):
     """A bar with the time left and the last numbers, above it what went wrong."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, console: Console | None = None) -> None:
+        super().__init__(console)
         self._history: list[float] = []
         self._bar = Progress(
             TextColumn("round {task.completed}/{task.total}"),
