@@ -6,6 +6,7 @@ straight into one fused update. It runs any model, and is the reference that eve
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from itertools import islice
 
@@ -51,12 +52,13 @@ class LeanTrainer:
         net.flat.copy_(start)
         plain = local.optimizer == "sgd" and not (local.momentum or local.weight_decay or local.clip)
         step = self._step_plain if plain else self._stepper()
-        steps, seen, losses = 0, 0, torch.zeros((), dtype=net.dtype, device=net.flat.device)
+        sizes, losses = list[int](), list[Tensor]()
         for x, y in self._batches(epochs):
             loss = self._loss(net.module(x), y)
             step(torch.autograd.grad(loss, net.weights, allow_unused=True, materialize_grads=True), drift)
-            losses += loss.detach() * len(x)
-            seen, steps = seen + len(x), steps + 1
+            losses.append(loss.detach())
+            sizes.append(len(x))
+        steps = len(sizes)
         return Update(
             net.flat - start,
             float(len(self._shard)),
@@ -64,7 +66,7 @@ class LeanTrainer:
             steps * self._lr,
             buffers=net.read(Segment.BUFFERS),
             counters=net.read(Segment.COUNTERS),
-            metrics={"loss": losses.item() / seen},
+            metrics={"loss": _weighted_mean(losses, sizes)},
         )
 
     def _batches(self, epochs: int | None) -> Iterator[tuple[Tensor, Tensor]]:
@@ -119,3 +121,9 @@ class LeanTrainer:
                 total += loss.detach() * (len(x) / len(shard))
         net.load(at, buffers, counters)
         return total
+
+
+def _weighted_mean(values: list[Tensor], weights: list[int]) -> float:
+    """One transfer from the device for a whole run, in float64."""
+    numbers: list[float] = torch.stack(values).tolist()
+    return sum(map(operator.mul, numbers, weights)) / sum(weights)
