@@ -126,4 +126,4 @@ class LeanTrainer:
 def _weighted_mean(values: list[Tensor], weights: list[int]) -> float:
     """One transfer from the device for a whole run, in float64."""
     numbers: list[float] = torch.stack(values).tolist()
-    return sum(map(operator.mul, numbers, weights)) / sum(weights)
+    return float(sum(map(operator.mul, numbers, weights)) / sum(weights))

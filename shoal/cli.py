@@ -16,7 +16,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Federated learning for PyTorch: simulate many clients, deploy them, compare strategies.",
 )
 
 Overrides = Annotated[
@@ -59,9 +58,6 @@ def resume(
 @app.command()
 def runs(out: Out = Path("runs"), as_json: AsJson = False) -> None:
     """List the runs there are."""
-    from rich.console import Console
-    from rich.table import Table
-
     from shoal.protos.errors import RunError
     from shoal.server.runs import list_runs
 
@@ -76,11 +72,12 @@ def runs(out: Out = Path("runs"), as_json: AsJson = False) -> None:
         for row in rows:
             print(json.dumps(row))
         return
-    table = Table("run", "status", "rounds", "last", box=None, padding=(0, 2), show_edge=False)
+    if not rows:
+        print(f"there are no runs in {out}; make one with 'shoal simulate'")
+    width = max((len(row["run"]) for row in rows), default=0)
     for row in rows:
         last = "  ".join(f"{k.removeprefix('test_')} {v:.4f}" for k, v in row.get("last", {}).items() if "test_" in k)
-        table.add_row(row["run"], row["status"], str(row.get("rounds", "")), last)
-    Console(soft_wrap=True).print(table if rows else f"there are no runs in {out}; make one with 'shoal simulate'")
+        print(f"{row['run']:{width}}  {row['status']:11}  {row.get('rounds', ''):>4} rounds  {last}")
 
 
 @app.command()
@@ -98,7 +95,7 @@ def strategies(as_json: AsJson = False) -> None:
     for name in registry.names("shoal.strategies"):
         strategy = registry.load("shoal.strategies", name)
         defaults = {field.name: field.default for field in dataclasses.fields(strategy)}
-        summary = inspect.cleandoc(strategy.__doc__).splitlines()[0]
+        summary = inspect.cleandoc(strategy.__doc__).splitlines()[0].replace("``", "")
         if as_json:
             print(json.dumps({"name": name, "citation": strategy.citation, "defaults": defaults, "rule": summary}))
             continue
@@ -121,7 +118,7 @@ def _options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    """Federated learning for PyTorch."""
+    """Federated learning for PyTorch: simulate many clients on this machine."""
 
 
 def main() -> None:

@@ -18,7 +18,9 @@ __all__ = ["Scaffold"]
 @final
 @dataclass(frozen=True)
 class Scaffold(Strategy):
-    """Control variates c (server) and cₖ (client) cancel the drift of local steps::
+    """w ← w − η (gₖ(w) − cₖ + c): control variates c and cₖ cancel the drift of local steps.
+
+    ::
 
         client:  w ← w − η (gₖ(w) − cₖ + c),     cₖ⁺ = cₖ − c − Δₖ / Σ η
         server:  w ← w + η_g mean Δₖ,            c ← c + (counted / population) mean (cₖ⁺ − cₖ)
