@@ -24,7 +24,7 @@ from shoal.server.checkpoints import Checkpoint
 from shoal.server.fleet import Ask, Fleet, Report
 from shoal.strategies.base import Context, Strategy, vector
 from shoal.strategies.selectors import Selector
-from shoal.strategies.sums import Carried, LeafSum, carry
+from shoal.strategies.sums import Carried, Contribution, LeafSum, carry
 
 __all__ = ["Coordinator", "Observer", "Plan", "Round", "start"]
 
@@ -126,9 +126,23 @@ class Coordinator:
         return self.point
 
     def _round(self, number: int) -> None:
-        began = time.perf_counter()
-        plan, before = self.plan, self.point
-        ask = self._ask(number)
+        began, ask = time.perf_counter(), self._ask(number)
+        summed, reports, failures = self._gather(ask)
+        trained = time.perf_counter()
+        after = self._finish(ask, summed, reports)
+        numbers, evaluations = self._evaluations(number, ask, after)
+        seconds = {"train_seconds": trained - began, "seconds": time.perf_counter() - began}
+        line = _numbers(ask, reports, failures) | numbers | seconds
+        self.committing = True
+        self._fleet.settle([report.client for report in reports])
+        self.point = after
+        self._tell(Round(number, line, reports, failures, evaluations))
+        self.committing = False
+        if self.plan.checkpoint_every and number % self.plan.checkpoint_every == 0 and number < self.plan.rounds:
+            self._keep()
+
+    def _gather(self, ask: Ask) -> tuple[Contribution, list[Report], list[Failure]]:
+        """The sum of what the fleet answers; RoundError if too few do."""
         total, reports, failures = LeafSum(), list[Report](), list[Failure]()
         for part in self._fleet.train(ask):
             if part.total is not None:
@@ -137,26 +151,20 @@ class Coordinator:
             failures += part.failures
             for failure in part.failures:
                 self._report_failure(failure)
-        trained = time.perf_counter()
         summed = total.total()
-        needed = max(1, math.ceil(plan.quorum * ask.goal - 1e-9))
+        needed = max(1, math.ceil(self.plan.quorum * ask.goal - 1e-9))
         if summed is None or summed.counted < needed:
-            raise _too_few(number, ask, summed.counted if summed else 0, needed, failures)
+            raise _too_few(ask, summed.counted if summed else 0, needed, failures)
+        return summed, reports, failures
+
+    def _finish(self, ask: Ask, summed: Contribution, reports: Sequence[Report]) -> Checkpoint:
+        """The value after the round, not yet committed."""
+        number, before = ask.context.round, self.point
         state = self._strategy.finish(before.state, summed.terms, replace(ask.context, counted=summed.counted))
         _check_finite(vector(state, "parameters"), before, number)
         selector = self._selector.observe(before.selector, {r.client: r.numbers for r in reports})
         carried = carry(before.carried, summed)
-        after = replace(before, round=number, state=state, carried=carried, selector=selector)
-        numbers, evaluations = self._evaluations(number, ask, after)
-        numbers = _numbers(number, ask, reports, failures) | numbers
-        numbers |= {"train_seconds": trained - began, "seconds": time.perf_counter() - began}
-        self.committing = True
-        self._fleet.settle([report.client for report in reports])
-        self.point = after
-        self._tell(Round(number, numbers, reports, failures, evaluations))
-        self.committing = False
-        if plan.checkpoint_every and number % plan.checkpoint_every == 0 and number < plan.rounds:
-            self._keep()
+        return replace(before, round=number, state=state, carried=carried, selector=selector)
 
     def _ask(self, number: int) -> Ask:
         plan, population = self.plan, self._fleet.population
@@ -204,10 +212,10 @@ def _due(number: int, every: int, rounds: int) -> bool:
     return bool(every) and (number % every == 0 or number == rounds)
 
 
-def _too_few(number: int, ask: Ask, counted: int, needed: int, failures: Sequence[Failure]) -> RoundError:
+def _too_few(ask: Ask, counted: int, needed: int, failures: Sequence[Failure]) -> RoundError:
     first = f"; first failure: {failures[0].reason}" if failures else ""
     return RoundError(
-        f"round {number} has {counted} of {len(ask.cohort)} updates and needs {needed}{first}"
+        f"round {ask.context.round} has {counted} of {len(ask.cohort)} updates and needs {needed}{first}"
         f" (lower quorum to go on without the clients that fail)"
     )
 
@@ -222,7 +230,7 @@ def _check_finite(parameters: Tensor, before: Checkpoint, number: int) -> None:
         )
 
 
-def _numbers(number: int, ask: Ask, reports: Sequence[Report], failures: Sequence[Failure]) -> dict[str, float]:
+def _numbers(ask: Ask, reports: Sequence[Report], failures: Sequence[Failure]) -> dict[str, float]:
     """The round's line: who took part, means of the clients' metrics weighted by examples, bytes as on a wire."""
     examples = sum(report.numbers["examples"] for report in reports)
     line: dict[str, float] = {
