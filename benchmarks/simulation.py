@@ -142,13 +142,14 @@ def flower(name: str, rounds: int, lap: Lap) -> Tensor:
             return super().configure_train(*given, **named)
 
     work, client, server = WORKLOADS[name], ClientApp(), ServerApp()
+    initial = ArrayRecord(work.model.state_dict())  # made here: in flwr's thread, torch's generator is shared
     client.train()(flower_client)
 
     @server.main()
     def main(grid: Any, context: Any) -> None:
         strategy = Timed(fraction_evaluate=0.0, min_train_nodes=work.clients, min_available_nodes=work.clients)
         config = ConfigRecord({"workload": name})
-        result = strategy.start(grid, ArrayRecord(work.model.state_dict()), rounds, train_config=config)
+        result = strategy.start(grid, initial, rounds, train_config=config)
         work.model.load_state_dict(result.arrays.to_torch_state_dict())
 
     backend: Any = {"init_args": {"num_cpus": 2}, "client_resources": {"num_cpus": 1, "num_gpus": 0.0}}

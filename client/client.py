@@ -10,45 +10,49 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from shoal.client.data import Shard
 from shoal.client.local import LocalTraining
 from shoal.client.net import Net
-from shoal.client.trainer import LeanTrainer, batches
-from shoal.protos.errors import InvalidUpdate
+from shoal.client.trainer import LeanTrainer, Turn, declared_batches
+from shoal.protos.errors import ExperimentError, InvalidUpdate
 from shoal.protos.parameters import Segment
-from shoal.strategies.base import Drift, Update
+from shoal.strategies.base import Drift, Strategy, Update
 
-__all__ = ["Client", "FitTrainer", "Task", "Work"]
+__all__ = ["RESERVED", "Client", "FitTrainer", "Work"]
 
-
-@dataclass(frozen=True)
-class Task:
-    """Who trains, and when."""
-
-    client: str
-    round: int
+RESERVED = frozenset({"examples", "steps", "lr_sum", "bytes_down", "bytes_up"})  # the platform's own numbers
 
 
 class Work:
-    """What ``fit`` gets: the model with the sent parameters, this client's data, and a random stream of its own."""
+    """What ``fit`` gets.
 
-    def __init__(self, net: Net, data: Shard, task: Task, local: LocalTraining, epochs: int, rng: np.random.Generator):
+    ``model`` holds the sent parameters. ``data`` is this client's shard, ``client`` its name, ``round`` the round's
+    number; ``rng`` is a random stream of this client and round. ``local`` is the declared training and ``lr`` its
+    learning rate in this round.
+    """
+
+    def __init__(
+        self, turn: Turn, net: Net, local: LocalTraining, strategy: Strategy, drift: Drift | None, epochs: int | None
+    ) -> None:
         self.model: nn.Module = net.module
-        self.data, self.task, self.local, self.epochs, self.rng = data, task, local, epochs, rng
+        self.data: Shard = turn.shard
+        self.client, self.round, self.rng, self.lr, self.local = turn.client, turn.round, turn.rng, turn.lr, local
         self.steps, self.lr_sum = 0, 0.0
-        self.drift: Drift | None = None
-        self._net = net
+        self._turn, self._net, self._strategy, self._drift, self._epochs = turn, net, strategy, drift, epochs
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches that declared training would see."""
-        return batches(self.data, self.local.batch_size, self.epochs, self.rng, self.local.drop_last)
+        return declared_batches(self.local, self._turn, self._epochs)
 
     def step(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
-        """One optimizer step: zero the gradients, backward, the strategy's correction, step."""
+        """One optimizer step: zero the gradients, backward, the strategy's correction, step.
+
+        ExperimentError if the strategy is not valid with this optimizer.
+        """
+        self._check(optimizer)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         self.correct(optimizer.param_groups[0]["lr"])
@@ -57,11 +61,26 @@ class Work:
     def correct(self, lr: float) -> None:
         """Call once per optimizer step, between ``backward()`` and ``step()``: adds what the strategy asks for."""
         self.steps, self.lr_sum = self.steps + 1, self.lr_sum + lr
-        if self.drift is None:
+        if self._drift is None:
             return
-        drift = self.drift(self._net.flat) if callable(self.drift) else self.drift
+        drift = self._drift(self._net.flat) if callable(self._drift) else self._drift
         for weight, part in zip(self._net.weights, self._net.split(drift), strict=True):
             weight.grad = part.clone() if weight.grad is None else weight.grad.add_(part)
+
+    def _check(self, optimizer: torch.optim.Optimizer) -> None:
+        kind, momentum = type(optimizer).__name__, optimizer.param_groups[0].get("momentum", 0.0)
+        refusal = self._strategy.refuses(_Used(kind.lower(), momentum))
+        if refusal:
+            raise ExperimentError(f"strategy {type(self._strategy).__name__} is not valid with fit's {kind}: {refusal}")
+
+
+@dataclass(frozen=True)
+class _Used:
+    """A PyTorch optimizer in the words of a declaration, for the strategy to judge."""
+
+    optimizer: str
+    momentum: float
+    clip: float | None = None
 
 
 class Client(ABC):
@@ -75,37 +94,35 @@ class Client(ABC):
 class FitTrainer(LeanTrainer):
     """Runs a :class:`Client`'s ``fit`` where a strategy asks for training."""
 
-    def __init__(
-        self,
-        client: Client,
-        task: Task,
-        net: Net,
-        local: LocalTraining,
-        shard: Shard,
-        rng: np.random.Generator,
-        lr: float,
-    ) -> None:
-        super().__init__(net, local, shard, rng, lr)
-        self._client, self._task = client, task
+    def __init__(self, client: Client, strategy: Strategy, net: Net, local: LocalTraining, turn: Turn) -> None:
+        super().__init__(net, local, turn)
+        self._client, self._strategy = client, strategy
 
     def run(self, start: Tensor, *, drift: Drift | None = None, epochs: int | None = None) -> Update:
-        net, shard = self._net, self._shard
-        work = Work(net, shard, self._task, self._local, self._local.epochs if epochs is None else epochs, self._rng)
-        work.drift = drift
+        net, work = self._net, Work(self._turn, self._net, self._local, self._strategy, drift, epochs)
         net.module.train()
+        net.module.zero_grad(set_to_none=True)
         net.flat.copy_(start)
-        metrics = self._client.fit(work)
-        if drift is not None and not work.steps:
-            raise InvalidUpdate(
-                f"fit of client {self._task.client!r} made no corrected step, but the strategy corrects gradients; "
-                f"use work.step(loss, optimizer), or work.correct(lr) between backward() and step()"
-            )
+        metrics = self._client.fit(work) or {}
+        net.collect()
+        _check_fit(work, drift, metrics)
         return Update(
             net.flat - start,
-            float(len(shard)),
+            float(len(work.data)),
             work.steps,
             work.lr_sum,
             buffers=net.read(Segment.BUFFERS),
             counters=net.read(Segment.COUNTERS),
-            metrics={name: float(value) for name, value in (metrics or {}).items()},
+            metrics={name: float(value) for name, value in metrics.items()},
         )
+
+
+def _check_fit(work: Work, drift: Drift | None, metrics: Mapping[str, float]) -> None:
+    if drift is not None and not work.steps:
+        raise InvalidUpdate(
+            f"fit of client {work.client!r} made no corrected step, but the strategy corrects gradients; "
+            f"use work.step(loss, optimizer), or work.correct(lr) between backward() and step()"
+        )
+    taken = RESERVED & metrics.keys()
+    if taken:
+        raise InvalidUpdate(f"fit of client {work.client!r} returns {sorted(taken)}, names of Shoal's own; rename them")

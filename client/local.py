@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Lt
@@ -18,14 +19,15 @@ class LocalTraining:
     """How a client trains: ``epochs`` passes over its shard (or ``steps`` optimizer steps) in batches.
 
     ``loss`` and ``metrics`` are registered names, ``"module:function"`` or functions of (output, target): a loss
-    returns the batch mean, a metric one number an example. ``optimizer`` is ``"sgd"``, ``"adam"`` or ``"adamw"``
-    with PyTorch's rules, made anew for every task. In round r the learning rate is ``lr * lr_decay ** (r - 1)``.
-    ``clip`` bounds the norm of every batch gradient. ``batch_size=0`` takes the whole shard as one batch. Each epoch
-    shuffles anew; its last, smaller batch is kept unless ``drop_last`` (BatchNorm cannot train on a batch of one).
+    returns the batch mean, a metric one number an example (None: accuracy for classes, mae for mse). ``optimizer`` is
+    ``"sgd"``, ``"adam"`` or ``"adamw"`` with PyTorch's rules, made anew for every task. In round r the learning rate is
+    ``lr * lr_decay ** (r - 1)``. ``clip`` bounds the norm of every batch gradient. ``batch_size=0`` takes the whole
+    shard as one batch. Each epoch shuffles anew; its last, smaller batch is kept unless ``drop_last`` (BatchNorm cannot
+    train on a batch of one). A parameter that the loss does not reach has a gradient of zero.
     """
 
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
-    lr: Annotated[float, Gt(0)] = 0.1
+    lr: Annotated[float, Gt(0), Lt(math.inf)] = 0.1
     batch_size: Annotated[int, Ge(0)] = 32
     drop_last: bool = False
     epochs: Annotated[int, Ge(1)] = 1
@@ -33,24 +35,19 @@ class LocalTraining:
     momentum: Annotated[float, Ge(0), Lt(1)] = 0.0
     nesterov: bool = False
     weight_decay: Annotated[float, Ge(0)] = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Annotated[float, Ge(0), Lt(1)], Annotated[float, Ge(0), Lt(1)]] = (0.9, 0.999)
     eps: Annotated[float, Gt(0)] = 1e-8
     lr_decay: Annotated[float, Gt(0)] = 1.0
     clip: Annotated[float, Gt(0)] | None = None
     loss: str | Callable[..., Any] = "cross-entropy"
-    metrics: tuple[str | Callable[..., Any], ...] = ("accuracy",)
+    metrics: tuple[str | Callable[..., Any], ...] | None = None
 
     def __post_init__(self) -> None:
         if self.momentum and self.optimizer != "sgd":
             raise ExperimentError(f"local.momentum belongs to 'sgd', not to {self.optimizer!r}; set local.betas")
         if self.nesterov and not self.momentum:
             raise ExperimentError("local.nesterov needs local.momentum > 0")
-        for name in ("lr", "eps", "lr_decay"):
-            if not getattr(self, name) > 0:
-                raise ExperimentError(f"local.{name} is {getattr(self, name)}; it must be > 0")
-        if self.epochs < 1 or self.batch_size < 0 or (self.steps is not None and self.steps < 1):
-            raise ExperimentError("local.epochs and local.steps must be >= 1, local.batch_size >= 0")
-
-    def describe(self) -> dict[str, object]:
-        """The fields that differ from their defaults, as an experiment file would hold them."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        if self.metrics is None:
+            # A mean of errors says nothing of classes, nor accuracy of a regression.
+            fitting = {"cross-entropy": ("accuracy",), "binary-cross-entropy": ("accuracy",), "mse": ("mae",)}
+            object.__setattr__(self, "metrics", fitting.get(self.loss, ()) if isinstance(self.loss, str) else ())

@@ -53,4 +53,4 @@ def metric_named(metric: str | Metric) -> tuple[str, Metric]:
     """The metric's name in results, and its function."""
     if isinstance(metric, str):
         return metric.rpartition(":")[2], registry.load("shoal.metrics", metric)
-    return metric.__name__, metric
+    return getattr(metric, "__name__", "metric"), metric

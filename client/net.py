@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from shoal.protos.errors import ExperimentError
+from shoal.protos.errors import ExperimentError, InvalidUpdate
 from shoal.protos.parameters import Entry, Layout, Parameters, Segment
 
 __all__ = ["Net", "layout_of", "load_parameters", "parameters_of", "to_numpy"]
@@ -83,8 +83,8 @@ class Net:
         self.weights = [tensor for tensor in _tensors(module).values() if tensor.requires_grad]
         self._shapes = [tensor.shape for tensor in self.weights]
         self._sizes = [tensor.numel() for tensor in self.weights]
-        for weight, view in zip(self.weights, self.split(self.flat), strict=True):
-            weight.data = view
+        self._bind()
+        self._constant = {name: b.clone() for name, b in self._outside_the_state()}
         self._homes = {segment: self._owners(segment) for segment in (Segment.BUFFERS, Segment.COUNTERS)}
 
     @property
@@ -96,14 +96,40 @@ class Net:
         parts = torch.split(vector, self._sizes)
         return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
 
+    def _bind(self) -> None:
+        for weight, view in zip(self.weights, self.split(self.flat), strict=True):
+            weight.data = view
+
+    def _outside_the_state(self) -> list[tuple[str, Tensor]]:
+        """Non-persistent buffers: they never cross, and must not carry anything from one client to the next."""
+        inside = self.module.state_dict().keys()
+        return [(name, buffer) for name, buffer in self.module.named_buffers() if name not in inside]
+
+    def collect(self) -> None:
+        """Take in weights that code of the user's own has bound anew (``p.data = …``), and bind them back."""
+        names = [entry.name for entry in self.layout.of(Segment.TRAINABLE)]
+        now = dict(self.module.named_parameters(remove_duplicate=False))
+        for name, weight, view in zip(names, self.weights, self.split(self.flat), strict=True):
+            found = now.get(name)
+            if found is None or found.shape != view.shape:
+                raise InvalidUpdate(f"parameter {name!r} is gone or has another shape after fit; train it in place")
+            if found.data_ptr() != view.data_ptr():
+                view.copy_(found.detach())
+            if found is not weight:
+                owner, _, attribute = name.rpartition(".")
+                setattr(self.module.get_submodule(owner), attribute, weight)
+        self._bind()
+
     def _owners(self, segment: Segment) -> list[tuple[nn.Module, str]]:
         """Where each buffer hangs, not the tensor itself: a module may bind a new tensor to the name."""
         paths = [entry.name.rpartition(".") for entry in self.layout.of(segment)]
         return [(self.module.get_submodule(owner), name) for owner, _, name in paths]
 
     def load(self, trainable: Tensor, buffers: Tensor | None = None, counters: Tensor | None = None) -> None:
-        """Copy values in; buffers and counters only where given."""
+        """Copy values in; buffers and counters only where given. What is outside the state is as it was at first."""
         self.flat.copy_(trainable)
+        for name, buffer in self._outside_the_state() if self._constant else ():
+            buffer.copy_(self._constant[name])
         for segment, vector in ((Segment.BUFFERS, buffers), (Segment.COUNTERS, counters)):
             homes = self._homes[segment]
             if vector is None or not homes:

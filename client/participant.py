@@ -10,19 +10,19 @@ import traceback
 
 import torch
 
-from shoal.client.client import Client, FitTrainer, Task
+from shoal.client.client import Client, FitTrainer
 from shoal.client.data import Shard
 from shoal.client.local import LocalTraining
 from shoal.client.losses import loss_named, metric_named
 from shoal.client.net import Net, to_numpy
-from shoal.client.trainer import LeanTrainer
+from shoal.client.trainer import LeanTrainer, Turn
 from shoal.protos import seeds
-from shoal.protos.errors import ClientError, ShoalError
-from shoal.protos.messages import Spec, check_update
+from shoal.protos.errors import ExperimentError, ShoalError
+from shoal.protos.messages import Failure, check_update
 from shoal.strategies.base import Mine, Sent, Strategy, Update
 from shoal.strategies.sums import Carried
 
-__all__ = ["Participant", "evaluate"]
+__all__ = ["Participant", "evaluate", "failure"]
 
 
 class Participant:
@@ -31,30 +31,23 @@ class Participant:
     def __init__(self, net: Net, strategy: Strategy, local: LocalTraining, seed: int, client: Client | None = None):
         self.net, self._strategy, self._local, self._seed, self._client = net, strategy, local, seed, client
 
-    def train(self, task: Task, shard: Shard, sent: Sent, carried: Carried, mine: Mine | None) -> tuple[Update, Mine]:
-        """The update and the client's next state; ClientError with the traceback if the client's code raises."""
-        try:
-            torch.default_generator.manual_seed(seeds.integer(self._seed, "torch", task.round, task.client))
-            self.net.load(sent.parameters, carried.buffers, carried.counters)
-            before = self._strategy.init_client(sent.parameters) if mine is None else mine
-            update, after = self._strategy.local(self._trainer(task, shard), sent, before)
-        except ShoalError:
-            raise
-        except Exception as error:
-            raise ClientError(
-                f"client {task.client!r} raised {type(error).__name__} in round {task.round}: {error}",
-                traceback.format_exc(),
-            ) from error
-        declared = {name: Spec(self.net.layout.dtype, tuple(tensor.shape)) for name, tensor in sent.tensors.items()}
-        check_update(update.map(to_numpy), self.net.layout, declared, task.client, task.round)
+    def train(
+        self, client: str, round: int, shard: Shard, sent: Sent, carried: Carried, mine: Mine | None
+    ) -> tuple[Update, Mine]:
+        """The update, checked, and the client's next state. What the client's code raises comes through."""
+        torch.manual_seed(seeds.integer(self._seed, "torch", round, client))
+        self.net.load(sent.parameters, carried.buffers, carried.counters)
+        before = self._strategy.init_client(sent.parameters) if mine is None else mine
+        update, after = self._strategy.local(self._trainer(client, round, shard), sent, before)
+        check_update(update.map(to_numpy), self.net.layout, self._strategy.reply(sent), client, round)
         return update, after
 
-    def _trainer(self, task: Task, shard: Shard) -> LeanTrainer:
-        local, rng = self._local, seeds.stream(self._seed, "batches", task.round, task.client)
-        lr = local.lr * local.lr_decay ** (task.round - 1)
+    def _trainer(self, client: str, round: int, shard: Shard) -> LeanTrainer:
+        lr = self._local.lr * self._local.lr_decay ** (round - 1)
+        turn = Turn(client, round, shard, seeds.stream(self._seed, "batches", round, client), lr)
         if self._client is None:
-            return LeanTrainer(self.net, local, shard, rng, lr)
-        return FitTrainer(self._client, task, self.net, local, shard, rng, lr)
+            return LeanTrainer(self.net, self._local, turn)
+        return FitTrainer(self._client, self._strategy, self.net, self._local, turn)
 
     def evaluate(self, shard: Shard, sent: Sent, carried: Carried, mine: Mine | None) -> dict[str, float]:
         """Loss and metrics of the client's own model on a shard."""
@@ -63,15 +56,28 @@ class Participant:
         return evaluate(self.net, self._local, shard)
 
 
+def failure(error: Exception, client: str, round: int) -> Failure:
+    """An error as the server is told of it: a sentence, and the traceback where it is the client's own code."""
+    if isinstance(error, ShoalError):
+        return Failure(client, round, str(error))
+    reason = f"client {client!r} raised {type(error).__name__} in round {round}: {error}"
+    return Failure(client, round, reason, "".join(traceback.format_exception(error)))
+
+
 @torch.no_grad()
 def evaluate(net: Net, local: LocalTraining, shard: Shard, chunk: int = 512) -> dict[str, float]:
     """Mean loss and metrics over a shard, with the values the net holds; ``"examples"`` counts them."""
     net.module.eval()
-    loss, metrics = loss_named(local.loss), dict(metric_named(metric) for metric in local.metrics)
+    loss, metrics = loss_named(local.loss), dict(metric_named(metric) for metric in local.metrics or ())
     sums = dict.fromkeys(["loss", *metrics], 0.0)
     for x, y in zip(torch.split(shard.x, chunk), torch.split(shard.y, chunk), strict=True):
-        output = net.module(x)
+        output = net.module(x.clone())  # a model may change its input in place
         sums["loss"] += float(loss(output, y)) * len(x)
         for name, metric in metrics.items():
-            sums[name] += float(metric(output, y).sum(dtype=torch.float64))
+            values = metric(output, y)
+            if values.shape != (len(x),):
+                raise ExperimentError(
+                    f"metric {name!r} gave {list(values.shape)} for {len(x)} examples; it must give one number for each"
+                )
+            sums[name] += float(values.sum(dtype=torch.float64))
     return {name: total / len(shard) for name, total in sums.items()} | {"examples": float(len(shard))}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
@@ -22,16 +23,19 @@ from shoal.client.optimizers import optimizer_for
 from shoal.protos.parameters import Segment
 from shoal.strategies.base import Drift, Update
 
-__all__ = ["LeanTrainer", "batches"]
+__all__ = ["LeanTrainer", "Turn", "batches", "declared_batches"]
 
 
 def batches(
     shard: Shard, size: int, epochs: int, rng: np.random.Generator, drop_last: bool = False
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """``epochs`` passes in batches of ``size`` (0: all at once), each pass in a new order."""
+    """``epochs`` passes in batches of ``size`` (0: all at once), each pass in a new order.
+
+    Batches are copies: what a model does to its input in place must not reach the data.
+    """
     for _ in range(epochs):
         if size == 0 or size >= len(shard):
-            yield shard.x, shard.y
+            yield shard.x.clone(), shard.y.clone()
             continue
         order = torch.from_numpy(rng.permutation(len(shard)))
         if drop_last:
@@ -39,11 +43,30 @@ def batches(
         yield from zip(torch.split(shard.x[order], size), torch.split(shard.y[order], size), strict=True)
 
 
+def declared_batches(local: LocalTraining, turn: Turn, epochs: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of ``epochs``, or where that is None of the declared epochs or steps."""
+    limit = local.steps if epochs is None else None
+    # Each pass yields at least one batch, so as many passes as steps are always enough.
+    passes = limit or (local.epochs if epochs is None else epochs)
+    return islice(batches(turn.shard, local.batch_size, passes, turn.rng, local.drop_last), limit)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One client's training in one round: its examples, a random stream of its own, the round's learning rate."""
+
+    client: str
+    round: int
+    shard: Shard
+    rng: np.random.Generator
+    lr: float
+
+
 class LeanTrainer:
     """Trains one client ``[P]``; see :class:`shoal.strategies.base.Trainer`."""
 
-    def __init__(self, net: Net, local: LocalTraining, shard: Shard, rng: np.random.Generator, lr: float) -> None:
-        self._net, self._local, self._shard, self._rng, self._lr = net, local, shard, rng, lr
+    def __init__(self, net: Net, local: LocalTraining, turn: Turn) -> None:
+        self._net, self._local, self._turn = net, local, turn
         self._loss = loss_named(local.loss)
 
     def run(self, start: Tensor, *, drift: Drift | None = None, epochs: int | None = None) -> Update:
@@ -53,7 +76,7 @@ class LeanTrainer:
         plain = local.optimizer == "sgd" and not (local.momentum or local.weight_decay or local.clip)
         step = self._step_plain if plain else self._stepper()
         sizes, losses = list[int](), list[Tensor]()
-        for x, y in self._batches(epochs):
+        for x, y in declared_batches(local, self._turn, epochs):
             loss = self._loss(net.module(x), y)
             step(torch.autograd.grad(loss, net.weights, allow_unused=True, materialize_grads=True), drift)
             losses.append(loss.detach())
@@ -61,28 +84,21 @@ class LeanTrainer:
         steps = len(sizes)
         return Update(
             net.flat - start,
-            float(len(self._shard)),
+            float(len(self._turn.shard)),
             steps,
-            steps * self._lr,
+            steps * self._turn.lr,
             buffers=net.read(Segment.BUFFERS),
             counters=net.read(Segment.COUNTERS),
             metrics={"loss": _weighted_mean(losses, sizes)},
         )
-
-    def _batches(self, epochs: int | None) -> Iterator[tuple[Tensor, Tensor]]:
-        local = self._local
-        limit = local.steps if epochs is None else None
-        # Each pass yields at least one batch, so as many passes as steps are always enough.
-        passes = limit or (local.epochs if epochs is None else epochs)
-        return islice(batches(self._shard, local.batch_size, passes, self._rng, local.drop_last), limit)
 
     def _step_plain(self, gradients: tuple[Tensor, ...], drift: Drift | None) -> None:
         """w ← w − lr (g + drift), without gathering g into one vector."""
         net = self._net
         with torch.no_grad():
             if drift is not None:
-                net.flat.add_(drift(net.flat) if callable(drift) else drift, alpha=-self._lr)
-            torch._foreach_add_(net.weights, gradients, alpha=-self._lr)
+                net.flat.add_(drift(net.flat) if callable(drift) else drift, alpha=-self._turn.lr)
+            torch._foreach_add_(net.weights, gradients, alpha=-self._turn.lr)
 
     def _stepper(self) -> Callable[[tuple[Tensor, ...], Drift | None], None]:
         optimizer, net, clip = optimizer_for(self._local), self._net, self._local.clip
@@ -94,7 +110,7 @@ class LeanTrainer:
                     g.add_(drift(net.flat) if callable(drift) else drift)
                 if clip is not None:
                     g.mul_(torch.clamp(clip / (g.norm() + 1e-6), max=1.0))
-                optimizer.step(net.flat, g, self._lr)
+                optimizer.step(net.flat, g, self._turn.lr)
 
         return step
 
@@ -106,14 +122,14 @@ class LeanTrainer:
 
     def _whole(self, at: Tensor, backward: bool) -> Tensor:
         """Over the whole shard in chunks; the statistics that a forward pass moves are put back."""
-        net, shard = self._net, self._shard
+        net, shard = self._net, self._turn.shard
         buffers, counters = net.read(Segment.BUFFERS), net.read(Segment.COUNTERS)
         net.module.train()
         net.load(at)
         total = torch.zeros_like(at) if backward else torch.zeros((), dtype=at.dtype)
         for x, y in zip(torch.split(shard.x, 1024), torch.split(shard.y, 1024), strict=True):
             with torch.set_grad_enabled(backward):
-                loss = self._loss(net.module(x), y)
+                loss = self._loss(net.module(x.clone()), y)
             if backward:
                 parts = torch.autograd.grad(loss, net.weights, allow_unused=True, materialize_grads=True)
                 total += torch.cat([part.reshape(-1) for part in parts]) * (len(x) / len(shard))

@@ -6,7 +6,6 @@
     ├── ExperimentError     the experiment cannot be run as it is written
     ├── DataError           a data set, a shard or a label is not what it must be
     ├── InvalidUpdate       what a client returned must not be counted
-    ├── ClientError         a client's own code raised; carries its traceback
     ├── RoundError          a round could not be completed (quorum)
     ├── CodecError          bytes that are no message of this protocol
     └── RunError            a run folder or a checkpoint is missing or damaged
@@ -20,7 +19,6 @@ import difflib
 from collections.abc import Iterable
 
 __all__ = [
-    "ClientError",
     "CodecError",
     "DataError",
     "ExperimentError",
@@ -46,14 +44,6 @@ class DataError(ShoalError):
 
 class InvalidUpdate(ShoalError):
     """A client's update is malformed, not finite or impossible; it is not counted."""
-
-
-class ClientError(ShoalError):
-    """A client's own code raised; ``traceback`` is the client's."""
-
-    def __init__(self, message: str, traceback: str = "") -> None:
-        super().__init__(message)
-        self.traceback = traceback
 
 
 class RoundError(ShoalError):

@@ -28,6 +28,8 @@ class Component(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _from_name(cls, value: Any) -> Any:
+        if not isinstance(value, str | dict):
+            raise ValueError("give a name, or a table with a name and its arguments")
         return {"name": value} if isinstance(value, str) else value
 
     @property
@@ -47,7 +49,7 @@ class Evaluation(BaseModel):
 class ExperimentFile(BaseModel):
     """An experiment as it is written. One file serves simulation, deployment and comparison."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
     name: str = "run"
     rounds: Annotated[int, Ge(1)]
     cohort: Annotated[int, Ge(1)]
@@ -103,7 +105,7 @@ def _explain(error: ValidationError) -> str:
         return f"unknown key {key!r}{nearest(str(first['loc'][-1]), known)}"
     if first["type"] == "missing":
         return f"key {key!r} is missing; the experiment file must set it"
-    message = first["msg"]
+    message = first["msg"].removeprefix("Value error, ")
     return f"key {key!r} is {first['input']!r}: {message[0].lower()}{message[1:]}"
 
 

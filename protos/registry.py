@@ -20,7 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from shoal.protos.errors import ExperimentError, nearest
+from shoal.protos.errors import ExperimentError, ShoalError, nearest
 
 __all__ = ["build", "describe", "load", "name_of", "names", "validate"]
 
@@ -55,7 +55,7 @@ def _by_path(name: str) -> Any:
     place, _, attribute = name.rpartition(":")
     try:
         module = _file_module(Path(place)) if place.endswith(".py") else importlib.import_module(place)
-    except ImportError as error:
+    except (ImportError, ValueError) as error:
         raise ExperimentError(f"cannot import {place!r} for {name!r}: {error}") from error
     if not hasattr(module, attribute):
         public = [key for key in vars(module) if not key.startswith("_")]
@@ -82,14 +82,32 @@ def _file_module(path: Path) -> ModuleType:
     return sys.modules[name]
 
 
-def build(group: str, name: str, arguments: Mapping[str, object], where: str) -> Any:
+def build(group: str, name: str, arguments: Mapping[str, object], where: str, kind: type = object) -> Any:
     """Call a registered class or function with ``arguments`` as they stand in an experiment file.
 
-    ``where`` is the place for error messages (``"strategy"``). ExperimentError for an unknown, missing or ill-typed
-    argument names it as ``strategy.mu``.
+    ``where`` is the place for error messages (``"strategy"``), ``kind`` what must come out. ExperimentError for an
+    unknown, missing or ill-typed argument names it as ``strategy.mu``.
     """
     make = load(group, name)
-    accepted = inspect.signature(make).parameters
+    _check_arguments(make, name, arguments, where)
+    checked = {key: _checked(make, key, value, f"{where}.{key}") for key, value in arguments.items()}
+    try:
+        made = make(**checked)
+    except ShoalError:
+        raise
+    except Exception as error:
+        given = ", ".join(f"{key}={value!r}" for key, value in checked.items())
+        raise ExperimentError(f"{where} {name!r} cannot be made with ({given}): {error}") from error
+    if not isinstance(made, kind):
+        raise ExperimentError(f"{where} {name!r} gives a {type(made).__name__}, it must be a {kind.__name__}")
+    return made
+
+
+def _check_arguments(make: Any, name: str, arguments: Mapping[str, object], where: str) -> None:
+    try:
+        accepted = inspect.signature(make).parameters
+    except (TypeError, ValueError) as error:
+        raise ExperimentError(f"{where} {name!r} is no class or function that can be called: {error}") from error
     open_ended = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
     for key in arguments:
         if key not in accepted and not open_ended:
@@ -101,7 +119,6 @@ def build(group: str, name: str, arguments: Mapping[str, object], where: str) ->
         )
         if needed and key not in arguments:
             raise ExperimentError(f"'{where}.{key}' is missing; {name!r} needs it")
-    return make(**{key: _checked(make, key, value, f"{where}.{key}") for key, value in arguments.items()})
 
 
 def _checked(make: Any, key: str, value: object, where: str) -> object:
@@ -150,6 +167,8 @@ def name_of(group: str, thing: Any) -> str | None:
 def describe(group: str, component: Any) -> dict[str, Any] | None:
     """A dataclass as an experiment file holds it, every field written out; None if it cannot be named."""
     name = name_of(group, type(component))
+    if name is not None and not dataclasses.is_dataclass(component) and not vars(component):
+        return {"name": name}  # nothing to remember
     if name is None or not dataclasses.is_dataclass(component):
         return None
     values = {f.name: getattr(component, f.name) for f in dataclasses.fields(component)}

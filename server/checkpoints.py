@@ -59,14 +59,14 @@ def write(folder: Path, checkpoint: Checkpoint, keep: int = 2) -> None:
     shutil.rmtree(final, ignore_errors=True)
     aside.rename(final)
     _sync_folder(folder)
-    for old in sorted(folder.glob("round-*"))[:-keep]:
+    for old in _newest_first(folder)[keep:]:
         shutil.rmtree(old)
 
 
 def latest(folder: Path) -> Checkpoint | None:
     """The newest undamaged checkpoint; None if there is none; RunError if there are only damaged ones."""
     damaged = []
-    for path in sorted(folder.glob("round-*"), reverse=True):
+    for path in _newest_first(folder):
         try:
             return _read(path)
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -74,6 +74,10 @@ def latest(folder: Path) -> Checkpoint | None:
     if damaged:
         raise RunError(f"no checkpoint in {folder} can be read ({'; '.join(damaged)}); start the run anew")
     return None
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    return sorted(folder.glob("round-*"), key=lambda path: int(path.name.removeprefix("round-")), reverse=True)
 
 
 def _flatten(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Any]]:

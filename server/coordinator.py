@@ -28,6 +28,7 @@ from shoal.strategies.sums import Carried, Contribution, LeafSum, carry
 
 __all__ = ["Coordinator", "Observer", "Plan", "Round", "start"]
 
+ROUNDING = 1e-9  # 100 × 1.1 is 110.00000000000001, which must not ask an 111th client
 Evaluate = Callable[[Parameters[Tensor]], Mapping[str, float]]
 
 
@@ -107,6 +108,7 @@ class Coordinator:
         self._strategy, self._selector, self._fleet = strategy, selector, fleet
         self._evaluate, self._observers = evaluate, observers
         self.stopping = False
+        self._kept = point.round or None  # a point beyond the start comes from a checkpoint
         self.committing = False  # while set, an interrupt must wait: point and client states change together
         fleet.restore(point.clients)
 
@@ -130,14 +132,16 @@ class Coordinator:
         summed, reports, failures = self._gather(ask)
         trained = time.perf_counter()
         after = self._finish(ask, summed, reports)
-        numbers, evaluations = self._evaluations(number, ask, after)
-        seconds = {"train_seconds": trained - began, "seconds": time.perf_counter() - began}
-        line = _numbers(ask, reports, failures) | numbers | seconds
         self.committing = True
         self._fleet.settle([report.client for report in reports])
         self.point = after
-        self._tell(Round(number, line, reports, failures, evaluations))
         self.committing = False
+        line, evaluations = _numbers(ask, reports, failures), list[Report]()
+        try:
+            self._evaluate_point(ask, line, evaluations)
+        finally:  # the round stands, whatever becomes of its evaluation
+            line |= {"train_seconds": trained - began, "seconds": time.perf_counter() - began}
+            self._tell(Round(number, line, reports, failures, evaluations))
         if self.plan.checkpoint_every and number % self.plan.checkpoint_every == 0 and number < self.plan.rounds:
             self._keep()
 
@@ -152,7 +156,7 @@ class Coordinator:
             for failure in part.failures:
                 self._report_failure(failure)
         summed = total.total()
-        needed = max(1, math.ceil(self.plan.quorum * ask.goal - 1e-9))
+        needed = max(1, math.ceil(self.plan.quorum * ask.goal - ROUNDING))
         if summed is None or summed.counted < needed:
             raise _too_few(ask, summed.counted if summed else 0, needed, failures)
         return summed, reports, failures
@@ -168,16 +172,19 @@ class Coordinator:
 
     def _ask(self, number: int) -> Ask:
         plan, population = self.plan, self._fleet.population
-        asked = min(len(population), math.ceil(plan.cohort * plan.over_select))
+        asked = min(len(population), math.ceil(plan.cohort * plan.over_select - ROUNDING))
         rng = seeds.stream(plan.seed, "cohort", number)
         cohort = self._selector.select(self.point.selector, population, asked, number, rng)
+        if len(set(cohort)) != len(cohort) or not cohort:
+            raise RoundError(f"the selector chose {len(cohort)} clients for round {number}, not all different, or none")
         context = Context(number, len(population), len(cohort))
         return Ask(cohort, plan.cohort, self.point.state, self.point.carried, context, plan.deadline)
 
-    def _evaluations(self, number: int, ask: Ask, point: Checkpoint) -> tuple[dict[str, float], list[Report]]:
-        plan, numbers, evaluations = self.plan, dict[str, float](), list[Report]()
+    def _evaluate_point(self, ask: Ask, line: dict[str, float], evaluations: list[Report]) -> None:
+        """What is due after this round, on the model and the client states that the round has made."""
+        plan, point, number = self.plan, self.point, ask.context.round
         if self._evaluate is not None and _due(number, plan.evaluate_every, plan.rounds):
-            numbers |= self._evaluation(self._evaluate, point)
+            line |= self._evaluation(self._evaluate, point)
         if _due(number, plan.evaluate_clients_every, plan.rounds):
             everyone = self._fleet.population
             ask = replace(ask, cohort=everyone, goal=len(everyone), state=point.state, carried=point.carried)
@@ -186,8 +193,7 @@ class Coordinator:
                     self._report_failure(answer)
                 else:
                     evaluations.append(answer)
-            numbers |= _spread(evaluations)
-        return numbers, evaluations
+            line |= _spread(evaluations)
 
     @staticmethod
     def _evaluation(evaluate: Evaluate, point: Checkpoint) -> dict[str, float]:
@@ -200,6 +206,9 @@ class Coordinator:
         self._each(lambda observer: observer.on_round(round))
 
     def _keep(self) -> None:
+        if self.point.round == self._kept:
+            return
+        self._kept = self.point.round
         self.point = replace(self.point, clients=self._fleet.snapshot())
         self._each(lambda observer: observer.on_checkpoint(self.point))
 

@@ -31,7 +31,12 @@ from shoal.server.checkpoints import Checkpoint
 from shoal.server.coordinator import Round
 from shoal.server.fleet import Report
 
-__all__ = ["RunFolder", "list_runs"]
+__all__ = ["RunFolder", "list_runs", "plain"]
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: nobody keeps a second writer away
+    fcntl = None  # type: ignore[assignment]
 
 NUMBERED = re.compile(r"(\d{4,})-")
 
@@ -42,12 +47,18 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._files: dict[str, IO[str]] = {}
+        self._lock: IO[str] | None = None
 
     @classmethod
     def create(cls, root: Path, name: str) -> RunFolder:
         """A new folder with the next number; safe when several runs start at once."""
-        root.mkdir(parents=True, exist_ok=True)
-        slug = re.sub(r"[^\w.-]+", "-", name).strip("-.") or "run"
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(
+                f"{str(root)!r} cannot hold runs ({error.strerror}); give another folder with --out"
+            ) from error
+        slug = re.sub(r"[^\w.-]+", "-", name).strip("-.")[:60] or "run"
         while True:
             taken = [int(m[1]) for p in root.iterdir() if (m := NUMBERED.match(p.name))]
             path = root / f"{max(taken, default=0) + 1:04d}-{slug}"
@@ -62,18 +73,29 @@ class RunFolder:
         """An existing run; ``runs/7`` and ``runs/0007`` find ``runs/0007-name``."""
         if (path / "experiment.toml").is_file():
             return cls(path)
-        if path.name.isdigit() and path.parent.is_dir():
+        if path.name.isdecimal() and path.parent.is_dir():
             for candidate in path.parent.iterdir():
                 match = NUMBERED.match(candidate.name)
                 if match and int(match[1]) == int(path.name):
                     return cls(candidate)
         raise RunError(f"there is no run at {str(path)!r}; 'shoal runs' lists those there are")
 
+    def claim(self) -> None:
+        """Become the only writer; RunError if another process is."""
+        self._lock = (self.path / ".lock").open("w")
+        if fcntl is None:
+            return
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.close()
+            raise RunError(f"{self.path} is being written by another process; wait for it or stop it") from error
+
     # --- writing -----------------------------------------------------------------------------------------------------
 
     def write(self, name: str, content: str | Mapping[str, Any]) -> None:
         """A whole file, replaced at once."""
-        text = content if isinstance(content, str) else json.dumps(_plain(content), indent=2) + "\n"
+        text = content if isinstance(content, str) else json.dumps(plain(content), indent=2) + "\n"
         aside = self.path / f".{name}"
         aside.write_text(text, encoding="utf-8")
         aside.replace(self.path / name)
@@ -102,7 +124,7 @@ class RunFolder:
     def _append(self, name: str, line: Mapping[str, Any]) -> None:
         if name not in self._files:
             self._files[name] = (self.path / name).open("a", encoding="utf-8")
-        self._files[name].write(json.dumps(_plain(line)) + "\n")
+        self._files[name].write(json.dumps(plain(line)) + "\n")
         self._files[name].flush()
 
     def close(self) -> None:
@@ -110,6 +132,8 @@ class RunFolder:
             os.fsync(file.fileno())
             file.close()
         self._files.clear()
+        if self._lock is not None:
+            self._lock.close()
 
     # --- reading -----------------------------------------------------------------------------------------------------
 
@@ -156,12 +180,12 @@ def _columns(reports: Sequence[Report]) -> dict[str, list[Any]]:
     return {"client": [report.client for report in reports], **columns}
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """The value as strict JSON: whole floats as integers, NaN and infinities as null."""
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float):
         return int(value) if value.is_integer() and abs(value) < 2**53 else value if math.isfinite(value) else None
     return value

@@ -12,7 +12,7 @@ from shoal.client.losses import cross_entropy, loss_named
 from shoal.client.net import Net, parameters_of
 from shoal.client.participant import evaluate
 from shoal.experiment import Experiment
-from shoal.protos.errors import DataError, ExperimentError
+from shoal.protos.errors import DataError, ExperimentError, RunError
 from shoal.protos.parameters import Parameters
 from shoal.server.checkpoints import Checkpoint
 from shoal.server.coordinator import Coordinator, Observer, Plan, start
@@ -32,7 +32,9 @@ class Composition:
         self.experiment = experiment
         self.data = experiment.data.split(experiment.seed) if isinstance(experiment.data, Dataset) else experiment.data
         self._check_clients()
+        self._client = experiment.make_client()
         self._make_model = experiment.make_model(self.data)
+        _check_device(experiment.device)
         module = build_module(self._make_model, experiment.seed, experiment.dtype)
         self._net = Net(module, experiment.device)
         self.initial: Parameters[Tensor] = parameters_of(module).map(Tensor.cpu)
@@ -42,10 +44,27 @@ class Composition:
         """The value before the first round."""
         return start(self.experiment.strategy, self.experiment.selector, self.initial)
 
+    def check(self, point: Checkpoint) -> None:
+        """RunError unless a checkpoint is of this experiment's model and strategy."""
+        difference = self.initial.layout.difference(point.layout)
+        for name, value in self.initial.frozen.items():
+            if difference is None and not torch.equal(value, point.frozen[name]):
+                difference = f"frozen tensor {name!r} has other values"
+        if difference is not None:
+            raise RunError(f"the checkpoint is of another model ({difference}); use the model of that run")
+        expected = self.start().state.keys()
+        if point.state.keys() != expected:
+            raise RunError(
+                f"the checkpoint's state has {sorted(point.state)}, the strategy's {sorted(expected)}; "
+                f"use the strategy of that run"
+            )
+
     def fleet(self, workers: int) -> Fleet:
         """The simulated clients, in worker processes or (0) in this one."""
         e = self.experiment
-        assignment = Assignment(self._make_model, self.data, e.strategy, e.local, e.seed, e.dtype, e.device, e.client)
+        assignment = Assignment(
+            self._make_model, self.data, e.strategy, e.local, e.seed, e.dtype, e.device, self._client
+        )
         return SimulatedFleet(assignment, workers)
 
     def coordinator(self, fleet: Fleet, point: Checkpoint, observers: Sequence[Observer]) -> Coordinator:
@@ -117,6 +136,14 @@ class Composition:
             _check_range(self.data.y, output.shape[1], "the training data")
         if self.data.test is not None:
             _check_range(self.data.test.y, output.shape[1], "the test data")
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).partition("\n")[0]
+        raise ExperimentError(f"device {device!r} cannot be used ({first}); set device = 'cpu'") from error
 
 
 def _check_range(y: Tensor, outputs: int, where: str) -> None:

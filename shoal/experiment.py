@@ -16,7 +16,7 @@ from shoal.client.local import LocalTraining
 from shoal.client.losses import loss_named, metric_named
 from shoal.protos import experiment as files
 from shoal.protos import registry
-from shoal.protos.errors import ExperimentError
+from shoal.protos.errors import ExperimentError, nearest
 from shoal.protos.experiment import Evaluation, ExperimentFile
 from shoal.simulations.datasets import Dataset, load
 from shoal.simulations.federated import FederatedData
@@ -50,7 +50,7 @@ class Experiment:
     seed: int = 0
     name: str = "run"
     selector: Selector = Uniform()
-    client: Client | None = None
+    client: Client | str | Mapping[str, Any] | None = None
     evaluation: Evaluation = Evaluation()
     target: Mapping[str, float] = field(default_factory=dict)
     quorum: float = 1.0
@@ -66,8 +66,9 @@ class Experiment:
         for where in ("strategy", "local", "selector"):
             registry.validate(getattr(self, where), where)
         loss_named(self.local.loss)
-        for metric in self.local.metrics:
-            metric_named(metric)
+        known = {"loss", *(metric_named(metric)[0] for metric in self.local.metrics or ())}
+        for name in self.target.keys() - known:
+            raise ExperimentError(f"unknown key 'target.{name}'{nearest(name, known)}; name the loss or a metric")
         refusal = self.strategy.refuses(self.local)
         if refusal:
             raise ExperimentError(
@@ -83,17 +84,18 @@ class Experiment:
     @classmethod
     def from_description(cls, file: ExperimentFile) -> Experiment:
         """Build the objects that a file names."""
-        client = None
-        if file.client is not None:
-            client = registry.build("shoal.clients", file.client.name, file.client.arguments, "client")
         plain = {f.name: getattr(file, f.name) for f in fields(cls) if f.name not in _OBJECTS}
         return cls(
             model={"name": file.model.name, **file.model.arguments},
             data=load(file.data.name, **file.data.arguments),
-            strategy=registry.build("shoal.strategies", file.strategy.name, file.strategy.arguments, "strategy"),
+            strategy=registry.build(
+                "shoal.strategies", file.strategy.name, file.strategy.arguments, "strategy", Strategy
+            ),
             local=registry.build("shoal.local", _LOCAL, file.local, "local"),
-            selector=registry.build("shoal.selectors", file.selector.name, file.selector.arguments, "selector"),
-            client=client,
+            selector=registry.build(
+                "shoal.selectors", file.selector.name, file.selector.arguments, "selector", Selector
+            ),
+            client=None if file.client is None else {"name": file.client.name, **file.client.arguments},
             **plain,
         )
 
@@ -113,6 +115,14 @@ class Experiment:
         """The function that builds the module, with ``shape`` and ``classes`` filled in from the data."""
         return _Maker(self.model, data.shape, data.classes)
 
+    def make_client(self) -> Client | None:
+        """The custom client, built if it is given by name."""
+        if self.client is None or isinstance(self.client, Client):
+            return self.client
+        arguments = _component(self.client)
+        made: Client = registry.build("shoal.clients", arguments.pop("name"), arguments, "client", Client)
+        return made
+
     def toml(self) -> str:
         """The experiment file, every default written out; what only exists in Python is named in a comment."""
         described = self._plain() | {
@@ -122,8 +132,10 @@ class Experiment:
             "strategy": registry.describe("shoal.strategies", self.strategy),
             "selector": registry.describe("shoal.selectors", self.selector),
         }
-        if self.client is not None:
+        if isinstance(self.client, Client):
             described["client"] = registry.describe("shoal.clients", self.client)
+        elif self.client is not None:
+            described["client"] = _component(self.client)
         unnamed = [key for key, value in described.items() if value is None]
         note = f"{UNNAMED} {', '.join(unnamed)}\n" if unnamed else ""
         known = {key: _absolute(value) for key, value in described.items() if value is not None}
@@ -155,31 +167,37 @@ class _Maker:
 
             return copy.deepcopy(self.model)
         if callable(self.model):
-            return self._checked(self.model(**self._wanted(self.model, {})))
-        arguments = {"name": self.model} if isinstance(self.model, str) else dict(self.model)
+            made = self.model(**self._wanted(self.model, {}))
+            if not isinstance(made, nn.Module):
+                raise ExperimentError(f"the model function returned {type(made).__name__}, not a torch.nn.Module")
+            return made
+        arguments = _component(self.model)
         name = arguments.pop("name")
         arguments |= self._wanted(registry.load("shoal.models", name), arguments)
-        return self._checked(registry.build("shoal.models", name, arguments, "model"))
+        module: nn.Module = registry.build("shoal.models", name, arguments, "model", nn.Module)
+        return module
 
     def _wanted(self, make: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
         known = {"shape": self.shape, "classes": self.classes}
+        if not callable(make):
+            return {}  # for the registry to refuse
         wanted = {key: value for key, value in known.items() if key in signature(make).parameters and key not in given}
         if "classes" in wanted and self.classes is None:
             raise ExperimentError("the data has no class labels; set 'model.classes' to the number of outputs")
         return wanted
 
-    def _checked(self, module: object) -> nn.Module:
-        if not isinstance(module, nn.Module):
-            kind = type(module).__name__
-            raise ExperimentError(f"the model function returned a {kind}; it must return a torch.nn.Module")
-        return module
+
+def _component(given: str | Mapping[str, Any]) -> dict[str, Any]:
+    """A name, or a mapping with a name and arguments, as a mapping of its own."""
+    component = {"name": given} if isinstance(given, str) else dict(given)
+    if not isinstance(component.get("name"), str):
+        raise ExperimentError(f"{dict(component)!r} has no 'name'; give a name, or a mapping with a name and arguments")
+    return component
 
 
 def _describe_model(model: Model) -> dict[str, Any] | None:
-    if isinstance(model, str):
-        return {"name": model}
-    if isinstance(model, Mapping):
-        return dict(model)
+    if isinstance(model, str | Mapping):
+        return _component(model)
     name = None if isinstance(model, nn.Module) else registry.name_of("shoal.models", model)
     return None if name is None else {"name": name}
 
@@ -187,7 +205,7 @@ def _describe_model(model: Model) -> dict[str, Any] | None:
 def _describe_local(local: LocalTraining) -> dict[str, Any] | None:
     values = {f.name: getattr(local, f.name) for f in fields(local) if getattr(local, f.name) is not None}
     values["loss"] = _named("shoal.losses", local.loss)
-    values["metrics"] = [_named("shoal.metrics", metric) for metric in local.metrics]
+    values["metrics"] = [_named("shoal.metrics", metric) for metric in local.metrics or ()]
     return None if values["loss"] is None or None in values["metrics"] else values
 
 

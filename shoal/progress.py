@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from shoal.protos.messages import Failure
 from shoal.protos.parameters import Layout, Segment
 from shoal.server.checkpoints import Checkpoint
 from shoal.server.coordinator import Round
+from shoal.server.runs import plain
 
 if TYPE_CHECKING:
     from shoal.experiment import Experiment
@@ -127,7 +129,7 @@ class Json(Display):
     """One JSON object a line on standard output, ``event`` first; failures too."""
 
     def _print(self, event: str, **fields: Any) -> None:
-        print(json.dumps({"event": event, **fields}), flush=True)
+        print(json.dumps(plain({"event": event, **fields})), flush=True)
 
     def starting(self, path: Path, experiment: Experiment, population: int, layout: Layout, engine: str) -> None:
         self._print("start", run=str(path), engine=engine, population=population, rounds=experiment.rounds)
@@ -189,7 +191,7 @@ def _headline(name: str) -> bool:
 
 
 def _spark(values: list[float], width: int = 12) -> str:
-    recent = values[-width:]
+    recent = [value for value in values[-width:] if math.isfinite(value)]
     if len(recent) < 2:
         return ""
     low, high = min(recent), max(recent)

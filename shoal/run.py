@@ -109,15 +109,13 @@ def summarise(folder: RunFolder, target: Mapping[str, float]) -> dict[str, Any]:
     """Totals, the last and the best round, the mean over the last ten rounds evaluated, and when targets were met."""
     lines = list(folder.lines("metrics.jsonl"))
     rounds = [line for line in lines if line["round"] > 0]
-    if not lines:
-        return {"rounds": 0}
     added = ("seconds", "bytes_up", "bytes_down", "failed")
     totals = {name: sum(line.get(name, 0) for line in rounds) for name in added}
     metrics = dict.fromkeys(name for line in lines for name in line if name.startswith(("test_", "clients_")))
     evaluated = {name: [line for line in lines if line.get(name) is not None] for name in metrics}
     kept = {name: having for name, having in evaluated.items() if having}
     return {
-        "rounds": lines[-1]["round"],
+        "rounds": lines[-1]["round"] if lines else 0,
         **totals,
         "last": {name: having[-1][name] for name, having in kept.items()},
         "best": {name: _best(name, having) for name, having in kept.items()},

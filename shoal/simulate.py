@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+import tomllib
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -29,6 +30,7 @@ from shoal.server.runs import RunFolder
 __all__ = ["resume", "simulate"]
 
 ENGINES = ("auto", "lean")
+MAY_CHANGE = frozenset({"rounds", "evaluation", "target", "checkpoint_every"})
 
 
 def simulate(experiment: Experiment, *, engine: str, workers: int | None, out: Path, progress: str) -> Run:
@@ -37,10 +39,11 @@ def simulate(experiment: Experiment, *, engine: str, workers: int | None, out: P
         raise ExperimentError(f"there is no engine {engine!r}{nearest(engine, ENGINES)}")
     number, show = _workers(experiment, workers), display(progress)
     composition = Composition(experiment)
-    folder = RunFolder.create(out, experiment.name)
-    folder.write("experiment.toml", experiment.toml())
-    folder.write("env.json", _environment(composition, number))
-    return _run(composition, folder, composition.start(), number, show)
+    with closing(RunFolder.create(out, experiment.name)) as folder:
+        folder.claim()
+        folder.write("experiment.toml", experiment.toml())
+        folder.write("env.json", _environment(composition, number))
+        return _run(composition, folder, composition.start(), number, show)
 
 
 def resume(
@@ -50,15 +53,20 @@ def resume(
 
     ``experiment`` is needed only if the run was made from Python objects that a file cannot name.
     """
-    folder, show = RunFolder.open(Path(path)), display(progress)
-    experiment = _kept_experiment(folder) if experiment is None else experiment
-    if rounds is not None:
-        experiment = replace(experiment, rounds=rounds)
+    show = display(progress)
+    with closing(RunFolder.open(Path(path))) as folder:
+        folder.claim()
+        return _resume(folder, experiment, rounds, show)
+
+
+def _resume(folder: RunFolder, experiment: Experiment | None, rounds: int | None, show: Display) -> Run:
+    kept = (folder.path / "experiment.toml").read_text(encoding="utf-8")
+    experiment = _kept_experiment(folder, kept) if experiment is None else experiment
+    experiment = experiment if rounds is None else replace(experiment, rounds=rounds)
+    _check_same(kept, experiment.toml())
     composition, recorded = Composition(experiment), folder.read("env.json")
     point = folder.latest() or composition.start()
-    difference = composition.initial.layout.difference(point.layout)
-    if difference is not None:
-        raise RunError(f"the checkpoint in {folder.path} is of another model ({difference}); use the model of that run")
+    composition.check(point)
     if point.round >= experiment.rounds:
         raise RunError(f"{folder.path} has all its {point.round} rounds; make it longer with --rounds (rounds=…)")
     folder.write("experiment.toml", experiment.toml())
@@ -67,14 +75,25 @@ def resume(
     return _run(composition, folder, point, int(recorded["workers"]), show)
 
 
-def _kept_experiment(folder: RunFolder) -> Experiment:
-    first = (folder.path / "experiment.toml").read_text(encoding="utf-8").partition("\n")[0]
+def _kept_experiment(folder: RunFolder, kept: str) -> Experiment:
+    first = kept.partition("\n")[0]
     if first.startswith(UNNAMED):
         raise RunError(
             f"{folder.path} was made from Python objects ({first.removeprefix(UNNAMED).strip()}); "
             f"resume it from Python with shoal.resume(path, experiment=...)"
         )
     return Experiment.from_file(folder.path / "experiment.toml")
+
+
+def _check_same(kept: str, given: str) -> None:
+    """A resumed run is the same experiment; only how long and how it is watched may change."""
+    before, now = tomllib.loads(kept), tomllib.loads(given)
+    for key in sorted(before.keys() | now.keys()):
+        if key not in MAY_CHANGE and before.get(key) != now.get(key):
+            raise RunError(
+                f"'{key}' differs from the run's own ({before.get(key)!r}, now {now.get(key)!r}); resume with the same "
+                f"experiment, or start a new run"
+            )
 
 
 def _run(composition: Composition, folder: RunFolder, point: Checkpoint, workers: int, show: Display) -> Run:
@@ -95,7 +114,6 @@ def _run(composition: Composition, folder: RunFolder, point: Checkpoint, workers
     finally:
         ended = {"status": status, "name": experiment.name, "wall_seconds": time.perf_counter() - began}
         folder.write("summary.json", summarise(folder, experiment.target) | ended)
-        folder.close()
         show.close()
         if status != "failed":
             show.finished(Run(folder.path))

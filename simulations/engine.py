@@ -13,13 +13,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from shoal.client.client import Client, Task
+from shoal.client.client import Client
 from shoal.client.data import Shard
 from shoal.client.local import LocalTraining
 from shoal.client.net import Net
-from shoal.client.participant import Participant
+from shoal.client.participant import Participant, failure
 from shoal.protos import seeds
-from shoal.protos.errors import ClientError, ShoalError
 from shoal.protos.messages import Failure
 from shoal.server.fleet import Part, Report
 from shoal.simulations.federated import FederatedData
@@ -104,14 +103,14 @@ class Engine:
                 if not job.train:
                     reports += self._evaluate(client, sent, carried, mine)
                     continue
-                update, staged[client] = self._train(client, round, sent, carried, mine)
-            except ShoalError as error:
-                trace = error.traceback if isinstance(error, ClientError) else ""
-                failures.append(Failure(client, round, str(error), trace))
+                update, after = self._train(client, round, sent, carried, mine)
+                part = contribute(self._strategy, state, update, job.context)
+            except Exception as error:
+                failures.append(failure(error, client, round))
                 continue
-            reports.append(Report(client, _numbers(update, sent, carried)))
-            part = contribute(self._strategy, state, update, job.context)
             total = part if total is None else plus(total, part)
+            reports.append(Report(client, _numbers(update, sent, carried)))
+            staged[client] = after
         return Result(Part(job.position, total, reports, failures), staged)
 
     def _sent(self, state: State) -> Sent:
@@ -131,7 +130,7 @@ class Engine:
     def _train(self, client: str, round: int, sent: Sent, carried: Carried, mine: Mine | None) -> tuple[Update, Mine]:
         before = None if mine is None else self._all_here(mine)
         shard = self._shard(self._data.shard(client))
-        update, after = self._participant.train(Task(client, round), shard, sent, carried, before)
+        update, after = self._participant.train(client, round, shard, sent, carried, before)
         return update.map(Tensor.cpu), {name: tensor.cpu() for name, tensor in after.items()}
 
     def _evaluate(self, client: str, sent: Sent, carried: Carried, mine: Mine | None) -> list[Report]:
@@ -147,10 +146,10 @@ def _numbers(update: Update, sent: Sent, carried: Carried) -> dict[str, float]:
     down = [sent.parameters, *sent.tensors.values(), carried.buffers, carried.counters]
     up = [update.delta, *update.tensors.values(), carried.buffers, carried.counters]
     return {
+        **update.metrics,
         "examples": float(update.examples),
         "steps": float(update.steps),
         "lr_sum": float(update.lr_sum),
         "bytes_down": float(sum(tensor.nbytes for tensor in down)),
         "bytes_up": float(sum(tensor.nbytes for tensor in up)),
-        **update.metrics,
     }

@@ -24,6 +24,8 @@ __all__ = ["InProcess", "SimulatedFleet"]
 class InProcess:
     """One engine in the calling process, single-threaded as a worker is, so that it gives the same bits."""
 
+    workers = 1
+
     def __init__(self, assignment: Assignment) -> None:
         self._engine = Engine(assignment)
 
@@ -55,7 +57,7 @@ class SimulatedFleet:
         self._staged = {}
         ends = None if ask.deadline is None else time.monotonic() + ask.deadline
         missing = 0
-        for part in self._run(ask, _leaves(range(min(ask.goal, len(ask.cohort)))), ends):
+        for part in self._run(ask, self._portions(min(ask.goal, len(ask.cohort)), ask.deadline), ends):
             missing += len(part.failures)
             yield part
         # Those asked beyond the goal stand in for clients that failed, in cohort order.
@@ -67,10 +69,21 @@ class SimulatedFleet:
                 yield part
 
     def evaluate(self, ask: Ask) -> Iterator[Report | Failure]:
-        parts = self._run(ask, _leaves(range(len(ask.cohort))), None, train=False)
+        parts = self._run(ask, self._portions(len(ask.cohort)), None, train=False)
         for part in sorted(parts, key=lambda part: part.position):
             yield from part.failures
             yield from part.reports
+
+    def _portions(self, count: int, deadline: float | None = None) -> list[Sequence[int]]:
+        """Whole leaves as long as there is one for every worker; the rest client by client, so that none idles.
+
+        Under a deadline all go one by one: a client that hangs must not take others with it.
+        """
+        workers = self._crew.workers
+        whole = count // LEAF // workers * workers if deadline is None else 0
+        whole = -(-count // LEAF) if workers == 1 and deadline is None else whole
+        leaves: list[Sequence[int]] = [range(count)[LEAF * i : LEAF * (i + 1)] for i in range(whole)]
+        return leaves + [[position] for position in range(LEAF * whole, count)]
 
     def _run(self, ask: Ask, leaves: Sequence[Sequence[int]], ends: float | None, train: bool = True) -> Iterator[Part]:
         retry = list[Sequence[int]]()
@@ -103,10 +116,6 @@ class SimulatedFleet:
 
     def close(self) -> None:
         self._crew.close()
-
-
-def _leaves(positions: range) -> list[Sequence[int]]:
-    return [positions[start : start + LEAF] for start in range(0, len(positions), LEAF)]
 
 
 def _lost(job: Job, died: Died, ends: float | None) -> Part:

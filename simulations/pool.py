@@ -7,11 +7,13 @@ functions written in a notebook work. A worker that dies takes down neither the 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import queue
 import subprocess
 import sys
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -79,26 +81,25 @@ class Worker:
 
     def __init__(self, assignment: bytes) -> None:
         command = [sys.executable, "-c", START.format(path=sys.path)]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | ONE_THREAD
-        )
+        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "env": os.environ | ONE_THREAD}
+        # A session of its own: Ctrl-C is for the coordinator, which then ends its workers.
+        self.process: subprocess.Popen[bytes] = subprocess.Popen(command, start_new_session=True, **pipes)
         self._in, self._out = cast(IO[bytes], self.process.stdin), cast(IO[bytes], self.process.stdout)
-        self._in.write(assignment)
-        self._in.flush()
-
-        self._ready = False
+        self._assignment: bytes | None = assignment  # until it is sent
 
     def ready(self) -> None:
         """Wait until the worker has built its engine; RunError with its reason if it cannot."""
-        if self._ready:
+        if self._assignment is None:
             return
         try:
+            self._in.write(self._assignment)
+            self._in.flush()
             answer = read(self._out)
         except (EOFError, OSError) as error:
             raise RunError(f"a worker could not start ({self._fate()}); see its messages above") from error
         if isinstance(answer, ShoalError):
             raise answer
-        self._ready = True
+        self._assignment = None
 
     def call(self, order: Order) -> Result | Died:
         self.ready()
@@ -115,7 +116,8 @@ class Worker:
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()
-        self._in.close()
+        with contextlib.suppress(OSError):  # what was not sent is of no use to anybody
+            self._in.close()
         self._out.close()
 
 
@@ -124,7 +126,9 @@ class Pool:
 
     def __init__(self, assignment: Assignment, workers: int) -> None:
         self._assignment, self._data = pack(assignment)
+        self.workers = workers
         self._workers = [Worker(self._assignment) for _ in range(workers)]
+        self._changing, self._closed = threading.Lock(), False
         self._idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="shoal-worker")
         self._block: SharedBlock | None = None
@@ -161,11 +165,18 @@ class Pool:
         worker = self._idle.get()
         answer = worker.call(replace(order, seconds=order.job.left()))
         if isinstance(answer, Died):
-            worker.kill()
-            fresh = Worker(self._assignment)  # gets ready while the round goes on
-            self._workers[self._workers.index(worker)] = worker = fresh
+            worker = self._replace(worker)
         self._idle.put(worker)
         return answer
+
+    def _replace(self, dead: Worker) -> Worker:
+        dead.kill()
+        with self._changing:  # or a pool that closes would leave the new one behind
+            if self._closed:
+                return dead
+            fresh = Worker(self._assignment)  # gets ready while the round goes on
+            self._workers[self._workers.index(dead)] = fresh
+        return fresh
 
     def _kill_busy(self) -> None:
         idle = set[Worker]()
@@ -188,6 +199,8 @@ class Pool:
         return {name: value for name, value in state.items() if not isinstance(value, Tensor)}
 
     def close(self) -> None:
+        with self._changing:
+            self._closed = True
         for worker in self._workers:
             worker.kill()
         self._threads.shutdown(cancel_futures=True)

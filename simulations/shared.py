@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from shoal.protos.errors import RunError
+
 __all__ = ["SharedBlock"]
 
 Specs = dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -28,6 +30,9 @@ class SharedBlock:
 
     def __init__(self, specs: Specs, path: Path | None = None) -> None:
         sizes = [-(-_bytes(dtype, shape) // ALIGN) * ALIGN for dtype, shape in specs.values()]
+        # Mapping a file that is gone would make a new one, full of zeros.
+        if path is not None and path.stat().st_size < sum(sizes):
+            raise RunError(f"the shared memory {path} is damaged; start the run again")
         self.specs, self.path = specs, path or _new_file(max(1, sum(sizes)))
         memory = torch.from_file(str(self.path), shared=True, size=max(1, sum(sizes)), dtype=torch.uint8)
         self.tensors: dict[str, Tensor] = {}

@@ -18,6 +18,7 @@ from typing import ClassVar, Protocol
 from torch import Tensor
 
 from shoal.protos import messages
+from shoal.protos.messages import Spec
 
 __all__ = ["Context", "Drift", "LocalOptimizer", "Mine", "Sent", "State", "Strategy", "Terms", "Trainer", "Update"]
 
@@ -96,6 +97,10 @@ class Strategy(ABC):
     def local(self, trainer: Trainer, sent: Sent, mine: Mine) -> tuple[Update, Mine]:
         """The client half. The new ``mine`` takes effect only if the server counts the update."""
 
+    def reply(self, sent: Sent) -> Mapping[str, Spec]:
+        """The tensors that an update must bring beside its delta; as sent, unless a strategy says otherwise."""
+        return {name: spec(tensor) for name, tensor in sent.tensors.items()}
+
     @abstractmethod
     def contribute(self, state: State, update: Update, context: Context) -> Terms:
         """What one update adds to the round's sum."""
@@ -111,6 +116,11 @@ class Strategy(ABC):
     def refuses(self, local: LocalOptimizer) -> str | None:
         """Why this strategy is wrong with that local training, in one sentence; None if it is valid."""
         return None
+
+
+def spec(tensor: Tensor) -> Spec:
+    """The tensor's dtype and shape as they are declared to a peer."""
+    return Spec(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
 
 
 def vector(values: State | Terms, name: str) -> Tensor:

@@ -10,13 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from shoal.client.client import Client, FitTrainer, Task, Work
+from shoal.client.client import Client, FitTrainer, Work
 from shoal.client.data import Shard
 from shoal.client.local import LocalTraining
 from shoal.client.net import Net
-from shoal.client.trainer import LeanTrainer, batches
+from shoal.client.participant import evaluate
+from shoal.client.trainer import LeanTrainer, Turn, batches
 from shoal.protos.errors import ExperimentError, InvalidUpdate
-from shoal.strategies.base import Drift
+from shoal.strategies.base import Drift, Strategy
+from shoal.strategies.fedavg import FedAvg
+from shoal.strategies.scaffold import Scaffold
 
 
 def shard(rows: int = 23) -> Shard:
@@ -31,6 +34,10 @@ def module() -> nn.Module:
         return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
 
 
+def turn(lr: float = 0.1) -> Turn:
+    return Turn("a", 1, shard(), rng(), lr)
+
+
 def rng() -> np.random.Generator:
     return np.random.default_rng(7)
 
@@ -38,7 +45,7 @@ def rng() -> np.random.Generator:
 def lean(local: LocalTraining, drift: Drift | None = None, **run: Any) -> Tensor:
     net = Net(module())
     start = net.flat.clone()
-    return start + LeanTrainer(net, local, shard(), rng(), local.lr).run(start, drift=drift, **run).delta
+    return start + LeanTrainer(net, local, turn(local.lr)).run(start, drift=drift, **run).delta
 
 
 def by_hand(local: LocalTraining, make: Any, drift: Drift | None = None) -> Tensor:
@@ -107,7 +114,7 @@ def test_every_epoch_has_its_own_order() -> None:
 
 def test_reports_the_work_done() -> None:
     net, local = Net(module()), LocalTraining(lr=0.1, batch_size=5, epochs=2)
-    update = LeanTrainer(net, local, shard(), rng(), 0.1).run(net.flat.clone())
+    update = LeanTrainer(net, local, turn()).run(net.flat.clone())
 
     assert (update.examples, update.steps, update.lr_sum) == (23, 10, pytest.approx(1.0))
     assert 0 < update.metrics["loss"] < 2
@@ -117,13 +124,13 @@ def test_reports_the_work_done() -> None:
 def test_steps_replace_epochs() -> None:
     net, local = Net(module()), LocalTraining(lr=0.1, batch_size=5, epochs=9, steps=7)
 
-    assert LeanTrainer(net, local, shard(), rng(), 0.1).run(net.flat.clone()).steps == 7
-    assert LeanTrainer(net, local, shard(), rng(), 0.1).run(net.flat.clone(), epochs=1).steps == 5
+    assert LeanTrainer(net, local, turn()).run(net.flat.clone()).steps == 7
+    assert LeanTrainer(net, local, turn()).run(net.flat.clone(), epochs=1).steps == 5
 
 
 def test_loss_and_gradient_over_the_whole_shard() -> None:
     net, data = Net(module()), shard()
-    trainer = LeanTrainer(net, LocalTraining(), data, rng(), 0.1)
+    trainer = LeanTrainer(net, LocalTraining(), turn())
     at = net.flat.clone()
     model = module()
     expected = functional.cross_entropy(model(data.x), data.y)
@@ -136,7 +143,7 @@ def test_loss_and_gradient_over_the_whole_shard() -> None:
 def test_the_gradient_leaves_batch_statistics_alone() -> None:
     net = Net(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).double())
     before = [b.clone() for b in net.module.buffers()]
-    LeanTrainer(net, LocalTraining(), shard(), rng(), 0.1).gradient(net.flat.clone())
+    LeanTrainer(net, LocalTraining(), turn()).gradient(net.flat.clone())
 
     assert all(torch.equal(a, b) for a, b in zip(before, net.module.buffers(), strict=True))
 
@@ -145,7 +152,7 @@ def test_a_parameter_that_the_loss_does_not_reach_stays() -> None:
     model = module()
     model.register_parameter("unused", nn.Parameter(torch.ones(2, dtype=torch.float64)))
     net = Net(model)
-    LeanTrainer(net, LocalTraining(), shard(), rng(), 0.1).run(net.flat.clone())
+    LeanTrainer(net, LocalTraining(), turn()).run(net.flat.clone())
 
     assert torch.equal(model.unused, torch.ones(2, dtype=torch.float64))  # type: ignore[arg-type]
 
@@ -167,10 +174,10 @@ class Lazy(Client):
         return None
 
 
-def fit(client: Client, drift: Drift | None) -> Any:
-    net, local = Net(module()), LocalTraining(lr=0.1, batch_size=5, epochs=2)
+def fit(client: Client, drift: Drift | None, strategy: Strategy | None = None, **local: Any) -> Any:
+    net, declared = Net(module()), LocalTraining(**({"lr": 0.1, "batch_size": 5, "epochs": 2} | local))
     start = net.flat.clone()
-    return FitTrainer(client, Task("a", 1), net, local, shard(), rng(), 0.1).run(start, drift=drift)
+    return FitTrainer(client, strategy or FedAvg(), net, declared, turn()).run(start, drift=drift)
 
 
 @pytest.mark.parametrize("drift", [None, torch.full((43,), 0.3, dtype=torch.float64), lambda w: 0.5 * w], ids=str)
@@ -193,10 +200,120 @@ def test_a_fit_that_skips_the_correction_is_refused() -> None:
     [
         ({"optimizer": "adam", "momentum": 0.9}, "local.betas"),
         ({"nesterov": True}, "needs local.momentum"),
-        ({"lr": 0.0}, "local.lr is 0.0"),
-        ({"epochs": 0}, "must be >= 1"),
     ],
 )
 def test_impossible_local_training(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ExperimentError, match=message):
         LocalTraining(**arguments)
+
+
+class Rebinding(ByHand):
+    """Puts new tensors and parameters in the place of the old ones, as ported code does."""
+
+    def fit(self, work: Work) -> dict[str, float]:
+        super().fit(work)
+        first = work.model[0]  # type: ignore[index]
+        first.weight.data = first.weight.data.clone()
+        first.bias = nn.Parameter(first.bias.detach().clone())
+        return {}
+
+
+def test_weights_that_fit_binds_anew_are_taken_in() -> None:
+    net, local = Net(module()), LocalTraining(lr=0.1, batch_size=5, epochs=2)
+    start, expected = net.flat.clone(), fit(ByHand(), None).delta
+    for _ in range(2):
+        update = FitTrainer(Rebinding(), FedAvg(), net, local, turn()).run(start)
+        assert torch.equal(update.delta, expected)
+
+
+class Leaving(ByHand):
+    """Never clears its gradients."""
+
+    def fit(self, work: Work) -> None:
+        for x, y in work.batches():
+            functional.cross_entropy(work.model(x), y).backward()
+            work.correct(0.1)
+        for parameter in work.model.parameters():
+            assert parameter.grad is not None
+            parameter.data -= 0.1 * parameter.grad
+
+
+def test_gradients_of_one_client_do_not_reach_the_next() -> None:
+    net, local = Net(module()), LocalTraining(lr=0.1, batch_size=5)
+    start = net.flat.clone()
+    first, second = (FitTrainer(Leaving(), FedAvg(), net, local, turn()).run(start).delta for _ in range(2))
+
+    assert torch.equal(first, second)
+
+
+def test_fit_may_not_name_its_metrics_as_shoal_names_its_own() -> None:
+    class Clashing(ByHand):
+        def fit(self, work: Work) -> dict[str, float]:
+            return {"examples": -5, "mine": 1}
+
+    with pytest.raises(InvalidUpdate, match=r"\['examples'\], names of Shoal's own"):
+        fit(Clashing(), None)
+
+
+def test_fit_sees_the_declared_steps_and_learning_rate() -> None:
+    class Counting(Client):
+        def fit(self, work: Work) -> dict[str, float]:
+            return {"batches": len([*work.batches()]), "rate": work.lr}
+
+    assert fit(Counting(), None, steps=7).metrics == {"batches": 7, "rate": 0.1}
+
+
+def test_a_strategy_judges_the_optimizer_that_fit_uses() -> None:
+    class WithAdam(Client):
+        def fit(self, work: Work) -> None:
+            optimizer = torch.optim.Adam(work.model.parameters())
+            work.step(functional.cross_entropy(work.model(work.data.x), work.data.y), optimizer)
+
+    assert fit(WithAdam(), None).steps == 1
+    with pytest.raises(ExperimentError, match=r"Scaffold is not valid with fit's Adam: .*plain SGD"):
+        fit(WithAdam(), None, Scaffold())
+
+
+class InPlace(nn.Module):
+    """Changes its input, as normalising code often does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.sub_(1.0))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("size", [0, 5, 100])
+def test_a_model_that_changes_its_input_leaves_the_data_alone(size: int) -> None:
+    net, given = Net(InPlace()), turn()
+    before = given.shard.x.clone()
+    trainer = LeanTrainer(net, LocalTraining(batch_size=size), given)
+    trainer.run(net.flat.clone())
+    trainer.gradient(net.flat.clone())
+    evaluate(net, LocalTraining(), given.shard)
+
+    assert torch.equal(given.shard.x, before)
+
+
+def test_buffers_outside_the_state_start_anew_for_each_task() -> None:
+    model = module()
+    model.register_buffer("seen", torch.zeros(1), persistent=False)
+    net = Net(model)
+    model.seen.add_(5)  # type: ignore[operator]
+    net.load(net.flat.clone())
+
+    assert model.seen.tolist() == [0.0]  # type: ignore[operator]
+
+
+def test_a_metric_gives_one_number_an_example() -> None:
+    local = LocalTraining(metrics=(lambda output, target: (output.argmax(1) == target).double().mean(),))
+    with pytest.raises(ExperimentError, match=r"gave \[\] for 23 examples"):
+        evaluate(Net(module()), local, shard())
+
+
+@pytest.mark.parametrize(("loss", "metrics"), [("cross-entropy", ("accuracy",)), ("mse", ("mae",)), (len, ())])
+def test_metrics_fit_the_loss(loss: Any, metrics: tuple[str, ...]) -> None:
+    assert LocalTraining(loss=loss).metrics == metrics
+    assert LocalTraining(loss=loss, metrics=()).metrics == ()

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import inspect
-import pickle
 
 import pytest
 
 from shoal.protos import errors
-from shoal.protos.errors import ClientError, ShoalError, nearest
+from shoal.protos.errors import ShoalError, nearest
 
 
 def test_every_error_is_in_the_tree_and_in_its_drawing() -> None:
@@ -16,12 +15,6 @@ def test_every_error_is_in_the_tree_and_in_its_drawing() -> None:
 
     assert found | {"nearest"} == set(errors.__all__)
     assert all(name in (errors.__doc__ or "") for name in found)
-
-
-def test_a_client_error_keeps_its_traceback_between_processes() -> None:
-    error = pickle.loads(pickle.dumps(ClientError("it raised", "Traceback …")))
-
-    assert (str(error), error.traceback) == ("it raised", "Traceback …")
 
 
 @pytest.mark.parametrize(

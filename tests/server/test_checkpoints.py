@@ -102,3 +102,11 @@ def test_an_unfinished_one_is_invisible(tmp_path: Path) -> None:
 
     read = latest(tmp_path)
     assert read is not None and read.round == 1
+
+
+def test_rounds_are_ordered_as_numbers(tmp_path: Path) -> None:
+    for round in (99_990, 100_000, 100_010):
+        write(tmp_path, checkpoint(round))
+    read = latest(tmp_path)
+
+    assert read is not None and read.round == 100_010

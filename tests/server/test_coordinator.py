@@ -17,7 +17,7 @@ from shoal.server.coordinator import Coordinator, Plan, Round, start
 from shoal.server.fleet import Ask, Part, Report
 from shoal.strategies.base import Mine, vector
 from shoal.strategies.fedavg import FedAvg
-from shoal.strategies.selectors import Uniform
+from shoal.strategies.selectors import Selector, Uniform
 from shoal.strategies.sums import contribute
 
 LAYOUT = Layout((Entry("w", Segment.TRAINABLE, "float64", (2,)),))
@@ -196,6 +196,46 @@ def test_a_model_that_is_not_finite_ends_the_run() -> None:
     coordinator, _ = made(MadeUp(), point=point)
     with pytest.raises(RoundError, match=r"not finite after round 1 \(tensor 'w'\)"):
         coordinator.run()
+
+
+def test_over_selection_rounds_as_people_do() -> None:
+    fleet = MadeUp(clients=200)
+    made(fleet, rounds=1, cohort=100, over_select=1.1)[0].run()
+
+    assert len(fleet.asks[0].cohort) == 110
+
+
+def test_a_selector_may_not_choose_a_client_twice() -> None:
+    class Twice(Selector):
+        def select(self, *_: Any) -> Sequence[str]:
+            return ["1", "2", "1"]
+
+    coordinator, _ = made(MadeUp())
+    coordinator._selector = Twice()
+    with pytest.raises(RoundError, match="not all different"):
+        coordinator.run()
+
+
+def test_clients_are_evaluated_with_what_the_round_has_settled() -> None:
+    class Ordered(MadeUp):
+        def evaluate(self, ask: Ask) -> Iterator[Report | Failure]:
+            assert len(self.settled) == ask.context.round
+            return super().evaluate(ask)
+
+    made(Ordered(), evaluate_clients_every=1)[0].run()
+
+
+def test_an_interrupted_evaluation_leaves_the_round_standing() -> None:
+    class Interrupted(MadeUp):
+        def evaluate(self, ask: Ask) -> Iterator[Report | Failure]:
+            raise KeyboardInterrupt
+
+    coordinator, witness = made(Interrupted(), evaluate_clients_every=2)
+    with pytest.raises(KeyboardInterrupt):
+        coordinator.run()
+
+    assert witness.kept[-1].round == 2
+    assert [round.number for round in witness.rounds] == [0, 1, 2]
 
 
 def test_checkpoints_come_at_their_interval() -> None:

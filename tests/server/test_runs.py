@@ -88,3 +88,20 @@ def test_whole_files_are_replaced_at_once(tmp_path: Path) -> None:
     assert folder.read("summary.json") == {"a": 1, "b": None}
     with pytest.raises(RunError, match=r"missing\.json"):
         folder.read("missing.json")
+
+
+def test_there_is_one_writer(tmp_path: Path) -> None:
+    folder, other = RunFolder(tmp_path), RunFolder(tmp_path)
+    folder.claim()
+    with pytest.raises(RunError, match="being written by another process"):
+        other.claim()
+    folder.close()
+    other.claim()
+    other.close()
+
+
+def test_a_folder_that_cannot_hold_runs(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="cannot hold runs"):
+        RunFolder.create(tmp_path / "file" / "runs", "x")
+    assert len(RunFolder.create(tmp_path, "x" * 300).path.name) < 80

@@ -67,9 +67,11 @@ class Nan(Base):
 class Fine(Base):
     pass
 
+CONST = 5
+
 class Raises(shoal.Client):
     def fit(self, work):
-        if work.task.client == "b":
+        if work.client == "b":
             raise KeyError("column 'age'")
 
 def make_net(shape, classes, width=3):
@@ -112,7 +114,7 @@ def test_a_run_in_plain_lines(shoal: Shoal) -> None:
     assert re.search(r"round 1/2  3/3 clients  train_loss \d\.\d{4}  test_loss .*  test_accuracy", out)
     assert "✓ finished after 2 rounds" in out
     assert "run     runs/0001-tiny" in out
-    kept = {path.name for path in Path("runs/0001-tiny").iterdir()}
+    kept = {path.name for path in Path("runs/0001-tiny").iterdir() if path.name != ".lock"}
     assert kept == {
         "checkpoints", "clients.jsonl", "env.json", "experiment.toml", "metrics.jsonl", "summary.json",
     }  # fmt: skip
@@ -150,6 +152,32 @@ def test_resume_makes_a_run_longer(shoal: Shoal) -> None:
     assert code == 0 and "✓ finished after 4 rounds" in out
     lines = Path("runs/0001-tiny/metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["round"] for line in lines] == [0, 1, 2, 3, 4]
+
+
+def test_a_run_with_a_client_of_the_users_own_resumes(shoal: Shoal) -> None:
+    shoal("simulate", "tiny.toml", "client=mine.py:Raises", "quorum=0.1", "--workers", "0")
+    code, out, err = shoal("resume", "runs/1", "--rounds", "3")
+
+    assert (code, err) == (0, "") and "✓ finished after 3 rounds" in out
+
+
+def test_a_run_is_resumed_by_one_process_at_a_time(shoal: Shoal) -> None:
+    from shoal.server.runs import RunFolder
+
+    shoal("simulate", "tiny.toml", "--workers", "0")
+    folder = RunFolder(Path("runs/0001-tiny"))
+    folder.claim()
+    code, _, err = shoal("resume", "runs/1", "--rounds", "4")
+    folder.close()
+
+    assert code == 2 and "being written by another process" in err
+
+
+def test_no_test_set_is_no_obstacle(shoal: Shoal) -> None:
+    text = Path("tiny.toml").read_text().replace("test_fraction = 0.2\n", "")
+    Path("tiny.toml").write_text(text)
+
+    assert shoal("simulate", "tiny.toml", "--workers", "0")[0] == 0
 
 
 def test_runs_are_listed(shoal: Shoal) -> None:
@@ -204,8 +232,26 @@ def test_strategies_are_listed_with_their_sources(shoal: Shoal) -> None:
         (["tiny.toml", "data.partition={kind='iid', clients=1000}"], r"1000.*clients"),
         (["tiny.toml", "model=cnn"], r"model 'cnn' needs images"),
         (["tiny.toml", "model.classes=1"], r"label 1 in row \d+ of the training data is out of range .* 1 outputs"),
-        (["tiny.toml", "model=mine.py:no_net"], r"returned a int; it must return a torch\.nn\.Module"),
+        (["tiny.toml", "model=mine.py:no_net"], r"model 'mine\.py:no_net' gives a int, it must be a Module"),
         (["tiny.toml", "model=mine.py:wrong_net"], r"the model does not accept examples of shape \[2\]"),
+        (["tiny.toml", "model=mine.py:CONST"], r"model 'mine\.py:CONST' is no class or function"),
+        (["tiny.toml", "model=mlp", "model.hidden=[-1]"], r"model 'mlp' cannot be made with .*hidden=\(-1,\)"),
+        (["tiny.toml", "strategy=mine.py:CONST"], r"strategy 'mine\.py:CONST' is no class or function"),
+        (["tiny.toml", "strategy=mine.py:Raises"], r"gives a Raises, it must be a Strategy"),
+        (
+            ["tiny.toml", "strategy=builtins:dict"],
+            r"strategy 'builtins:dict' is no class or function|it must be a Strategy",
+        ),
+        (["tiny.toml", "client=mine.py:Fine"], r"gives a Fine, it must be a Client"),
+        (["tiny.toml", "selector=builtins:object"], r"it must be a Selector"),
+        (["tiny.toml", "local.loss=:x"], r"cannot import ''"),
+        (["tiny.toml", "local.betas=[1.0, 1.0]"], r"'local\.betas' is"),
+        (["tiny.toml", "local.lr=inf"], r"'local\.lr' is inf"),
+        (["tiny.toml", "over_select=inf"], r"key 'over_select' is inf"),
+        (["tiny.toml", "device=gpu"], r"device 'gpu' cannot be used"),
+        (["tiny.toml", "target.acuracy=0.5"], r"unknown key 'target\.acuracy' \(did you mean 'accuracy'\?\)"),
+        (["tiny.toml", "data=3"], r"key 'data' is 3: give a name, or a table"),
+        (["tiny.toml", "--out", "tiny.csv"], r"'tiny\.csv' cannot hold runs"),
         (["tiny.toml", "evaluation.clients_every=1"], r"set data\.client_test"),
         (["tiny.toml", "strategy=mine.py:Negative"], r"round 1 has 0 of 3 updates.*examples=-5\.0"),
         (["tiny.toml", "strategy=mine.py:Shape"], r"has delta of float32\[5\], expected float32\[6\]"),

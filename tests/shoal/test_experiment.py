@@ -170,5 +170,25 @@ def test_a_resume_after_the_last_checkpoint_was_lost(tmp_path: Path) -> None:
 
 def test_a_resume_with_another_model_is_refused(tmp_path: Path) -> None:
     run = simulate(experiment(rounds=1), tmp_path)
-    with pytest.raises(RunError, match="another model"):
+    with pytest.raises(RunError, match=r"'model' differs from the run's own"):
         shoal.resume(run.path, rounds=2, experiment=experiment(model="mlp"))
+    with pytest.raises(RunError, match=r"'seed' differs"):
+        shoal.resume(run.path, rounds=2, experiment=experiment(seed=1))
+    with pytest.raises(RunError, match=r"'strategy' differs"):
+        shoal.resume(run.path, rounds=2, experiment=experiment(strategy=shoal.Scaffold()))
+
+
+def test_a_resume_with_another_model_without_a_name_is_refused(tmp_path: Path) -> None:
+    def make(width: int, frozen: float = 1.0) -> Any:
+        def model() -> nn.Module:
+            module = nn.Sequential(nn.Linear(4, width), nn.Linear(width, 2))
+            nn.init.constant_(module[0].requires_grad_(False).weight, frozen)
+            return module
+
+        return model
+
+    run = simulate(experiment(model=make(3), rounds=1), tmp_path)
+    with pytest.raises(RunError, match=r"another model \(tensor '0\.weight' is"):
+        shoal.resume(run.path, rounds=2, experiment=experiment(model=make(5)))
+    with pytest.raises(RunError, match=r"frozen tensor '0\.weight' has other values"):
+        shoal.resume(run.path, rounds=2, experiment=experiment(model=make(3, frozen=2.0)))

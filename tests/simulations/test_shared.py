@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 
+import pytest
 import torch
 
 from shoal.simulations import shared
@@ -89,3 +90,12 @@ def test_what_a_killed_process_left_is_swept_away() -> None:
 
     assert (left.exists(), mine.exists()) == (False, True)
     mine.unlink()
+
+
+def test_memory_that_is_gone_is_an_error_and_not_zeros() -> None:
+    block = SharedBlock.of(TENSORS)
+    pickled = pickle.dumps(block)
+    block.close()
+    with pytest.raises(FileNotFoundError):
+        pickle.loads(pickled)
+    assert not block.path.exists()
