@@ -74,7 +74,10 @@ def parameters_of(module: nn.Module) -> Parameters[Tensor]:
 
 
 class Net:
-    """A resident module over the flat vector :attr:`flat` ``[P]``; :attr:`weights` are views of it."""
+    """A resident module over the flat vector :attr:`flat` ``[P]``.
+
+    :attr:`weights` are the module's own parameters, :attr:`views` the same memory outside of autograd.
+    """
 
     def __init__(self, module: nn.Module, device: str = "cpu") -> None:
         self.module = module.to(device)
@@ -97,7 +100,8 @@ class Net:
         return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
 
     def _bind(self) -> None:
-        for weight, view in zip(self.weights, self.split(self.flat), strict=True):
+        self.views = self.split(self.flat)
+        for weight, view in zip(self.weights, self.views, strict=True):
             weight.data = view
 
     def _outside_the_state(self) -> list[tuple[str, Tensor]]:
@@ -109,7 +113,7 @@ class Net:
         """Take in weights that code of the user's own has bound anew (``p.data = …``), and bind them back."""
         names = [entry.name for entry in self.layout.of(Segment.TRAINABLE)]
         now = dict(self.module.named_parameters(remove_duplicate=False))
-        for name, weight, view in zip(names, self.weights, self.split(self.flat), strict=True):
+        for name, weight, view in zip(names, self.weights, self.views, strict=True):
             found = now.get(name)
             if found is None or found.shape != view.shape:
                 raise InvalidUpdate(f"parameter {name!r} is gone or has another shape after fit; train it in place")
@@ -125,9 +129,8 @@ class Net:
         paths = [entry.name.rpartition(".") for entry in self.layout.of(segment)]
         return [(self.module.get_submodule(owner), name) for owner, _, name in paths]
 
-    def load(self, trainable: Tensor, buffers: Tensor | None = None, counters: Tensor | None = None) -> None:
-        """Copy values in; buffers and counters only where given. What is outside the state is as it was at first."""
-        self.flat.copy_(trainable)
+    def restore(self, buffers: Tensor | None, counters: Tensor | None) -> None:
+        """Copy buffers and counters in, where given. What is outside the state becomes as it was at first."""
         for name, buffer in self._outside_the_state() if self._constant else ():
             buffer.copy_(self._constant[name])
         for segment, vector in ((Segment.BUFFERS, buffers), (Segment.COUNTERS, counters)):

@@ -35,12 +35,18 @@ class Participant:
         self, client: str, round: int, shard: Shard, sent: Sent, carried: Carried, mine: Mine | None
     ) -> tuple[Update, Mine]:
         """The update, checked, and the client's next state. What the client's code raises comes through."""
-        torch.manual_seed(seeds.integer(self._seed, "torch", round, client))
-        self.net.load(sent.parameters, carried.buffers, carried.counters)
+        self._seed_torch(seeds.integer(self._seed, "torch", round, client))
+        self.net.restore(carried.buffers, carried.counters)
         before = self._strategy.init_client(sent.parameters) if mine is None else mine
         update, after = self._strategy.local(self._trainer(client, round, shard), sent, before)
         check_update(update.map(to_numpy), self.net.layout, self._strategy.reply(sent), client, round)
         return update, after
+
+    def _seed_torch(self, seed: int) -> None:
+        """For dropout. Not ``torch.manual_seed``, which queues a seed for every device there might ever be."""
+        torch.default_generator.manual_seed(seed)
+        if self.net.flat.is_cuda:
+            torch.cuda.manual_seed(seed)
 
     def _trainer(self, client: str, round: int, shard: Shard) -> LeanTrainer:
         lr = self._local.lr * self._local.lr_decay ** (round - 1)
@@ -52,7 +58,8 @@ class Participant:
     def evaluate(self, shard: Shard, sent: Sent, carried: Carried, mine: Mine | None) -> dict[str, float]:
         """Loss and metrics of the client's own model on a shard."""
         before = self._strategy.init_client(sent.parameters) if mine is None else mine
-        self.net.load(self._strategy.personal(sent, before), carried.buffers, carried.counters)
+        self.net.flat.copy_(self._strategy.personal(sent, before))
+        self.net.restore(carried.buffers, carried.counters)
         return evaluate(self.net, self._local, shard)
 
 

@@ -13,7 +13,7 @@ from itertools import islice
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from shoal.client.data import Shard
 from shoal.client.local import LocalTraining
@@ -40,7 +40,8 @@ def batches(
         order = torch.from_numpy(rng.permutation(len(shard)))
         if drop_last:
             order = order[: len(order) // size * size]
-        yield from zip(torch.split(shard.x[order], size), torch.split(shard.y[order], size), strict=True)
+        x, y = shard.x.index_select(0, order), shard.y.index_select(0, order)
+        yield from zip(torch.split(x, size), torch.split(y, size), strict=True)
 
 
 def declared_batches(local: LocalTraining, turn: Turn, epochs: int | None) -> Iterator[tuple[Tensor, Tensor]]:
@@ -71,14 +72,14 @@ class LeanTrainer:
 
     def run(self, start: Tensor, *, drift: Drift | None = None, epochs: int | None = None) -> Update:
         net, local = self._net, self._local
-        net.module.train()
+        _in_training(net.module)
         net.flat.copy_(start)
         plain = local.optimizer == "sgd" and not (local.momentum or local.weight_decay or local.clip)
         step = self._step_plain if plain else self._stepper()
         sizes, losses = list[int](), list[Tensor]()
         for x, y in declared_batches(local, self._turn, epochs):
             loss = self._loss(net.module(x), y)
-            step(torch.autograd.grad(loss, net.weights, allow_unused=True, materialize_grads=True), drift)
+            step(_gradients(loss, net.weights), drift)
             losses.append(loss.detach())
             sizes.append(len(x))
         steps = len(sizes)
@@ -95,17 +96,16 @@ class LeanTrainer:
     def _step_plain(self, gradients: tuple[Tensor, ...], drift: Drift | None) -> None:
         """w ← w − lr (g + drift), without gathering g into one vector."""
         net = self._net
-        with torch.no_grad():
-            if drift is not None:
-                net.flat.add_(drift(net.flat) if callable(drift) else drift, alpha=-self._turn.lr)
-            torch._foreach_add_(net.weights, gradients, alpha=-self._turn.lr)
+        if drift is not None:
+            net.flat.add_(drift(net.flat) if callable(drift) else drift, alpha=-self._turn.lr)
+        torch._foreach_add_(net.views, gradients, alpha=-self._turn.lr)
 
     def _stepper(self) -> Callable[[tuple[Tensor, ...], Drift | None], None]:
         optimizer, net, clip = optimizer_for(self._local), self._net, self._local.clip
 
         def step(gradients: tuple[Tensor, ...], drift: Drift | None) -> None:
             with torch.no_grad():
-                g = torch.cat([gradient.reshape(-1) for gradient in gradients])
+                g = _joined(gradients)
                 if drift is not None:
                     g.add_(drift(net.flat) if callable(drift) else drift)
                 if clip is not None:
@@ -124,19 +124,35 @@ class LeanTrainer:
         """Over the whole shard in chunks; the statistics that a forward pass moves are put back."""
         net, shard = self._net, self._turn.shard
         buffers, counters = net.read(Segment.BUFFERS), net.read(Segment.COUNTERS)
-        net.module.train()
-        net.load(at)
+        _in_training(net.module)
+        net.flat.copy_(at)
         total = torch.zeros_like(at) if backward else torch.zeros((), dtype=at.dtype)
         for x, y in zip(torch.split(shard.x, 1024), torch.split(shard.y, 1024), strict=True):
             with torch.set_grad_enabled(backward):
                 loss = self._loss(net.module(x.clone()), y)
             if backward:
-                parts = torch.autograd.grad(loss, net.weights, allow_unused=True, materialize_grads=True)
-                total += torch.cat([part.reshape(-1) for part in parts]) * (len(x) / len(shard))
+                total += _joined(_gradients(loss, net.weights)) * (len(x) / len(shard))
             else:
                 total += loss.detach() * (len(x) / len(shard))
-        net.load(at, buffers, counters)
+        net.restore(buffers, counters)
         return total
+
+
+def _in_training(module: nn.Module) -> None:
+    if not module.training:  # walking all submodules costs as much as a small step
+        module.train()
+
+
+def _gradients(loss: Tensor, weights: list[Tensor]) -> tuple[Tensor, ...]:
+    """The gradients of a batch; zeros for a parameter that the loss does not reach."""
+    found = torch.autograd.grad(loss, weights, allow_unused=True)
+    if any(gradient is None for gradient in found):
+        return tuple(torch.zeros_like(w) if g is None else g for w, g in zip(weights, found, strict=True))
+    return found
+
+
+def _joined(gradients: tuple[Tensor, ...]) -> Tensor:
+    return torch.cat([gradient.reshape(-1) for gradient in gradients])
 
 
 def _weighted_mean(values: list[Tensor], weights: list[int]) -> float:

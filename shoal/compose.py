@@ -89,7 +89,8 @@ class Composition:
         shard = Shard(self._as_input(self.data.test.x), self.data.test.y.to(self._net.flat.device))
 
         def on_test_set(parameters: Parameters[Tensor]) -> Mapping[str, float]:
-            self._net.load(parameters.trainable, parameters.buffers, parameters.counters)
+            self._net.flat.copy_(parameters.trainable)
+            self._net.restore(parameters.buffers, parameters.counters)
             return evaluate(self._net, self.experiment.local, shard)
 
         return on_test_set

@@ -36,6 +36,8 @@ __all__ = ["Died", "Order", "Pool", "read", "write"]
 START = "import sys; sys.path[:] = {path!r}; from shoal.simulations.worker import main; main()"
 GRACE = 0.5  # seconds after the deadline: for the answer of a worker that kept it
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+# glibc gives large blocks back to the system and faults them in again at every step; other systems ignore these names.
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**28), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
 
 
 def _reduce(tensor: Tensor) -> tuple[Any, ...]:
@@ -81,7 +83,7 @@ class Worker:
 
     def __init__(self, assignment: bytes) -> None:
         command = [sys.executable, "-c", START.format(path=sys.path)]
-        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "env": os.environ | ONE_THREAD}
+        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "env": os.environ | ONE_THREAD | KEEP_MEMORY}
         # A session of its own: Ctrl-C is for the coordinator, which then ends its workers.
         self.process: subprocess.Popen[bytes] = subprocess.Popen(command, start_new_session=True, **pipes)
         self._in, self._out = cast(IO[bytes], self.process.stdin), cast(IO[bytes], self.process.stdout)
