@@ -265,6 +265,7 @@ def main() -> int:
         for _ in range(1 if chosen.quick else 3):
             for contender in contenders:
                 runs[contender].append(measure(contender, name, 4 if chosen.quick else rounds))
+                time.sleep(0 if chosen.quick else 5)  # what a contender leaves behind shall be gone
         results[name] = figures(WORKLOADS[name], runs)
         show(WORKLOADS[name], results[name])
     chosen.out.parent.mkdir(parents=True, exist_ok=True)

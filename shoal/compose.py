@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from shoal.simulations.datasets import Dataset
 from shoal.simulations.engine import Assignment, build_module
 from shoal.simulations.federated import ArrayData
 from shoal.simulations.fleet import SimulatedFleet
+from shoal.simulations.partitioners import describe
 
 __all__ = ["Composition"]
 
@@ -39,6 +41,13 @@ class Composition:
         self._net = Net(module, experiment.device)
         self.initial: Parameters[Tensor] = parameters_of(module).map(Tensor.cpu)
         self._check_labels(self._outputs())
+
+    def shards(self) -> dict[str, float]:
+        """How the data lies: sizes of shards and, for class labels, how far their mixes are from the whole's."""
+        if not isinstance(self.data, ArrayData):
+            return {}  # looking would cost more than the run may
+        rows = {client: np.arange(start, middle) for client, (start, middle, _) in self.data.offsets.items()}
+        return describe(rows, self.data.y.numpy())
 
     def start(self) -> Checkpoint:
         """The value before the first round."""

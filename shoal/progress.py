@@ -6,7 +6,8 @@ import json
 import math
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,6 @@ from rich.table import Table
 
 from shoal.protos.errors import ExperimentError, nearest
 from shoal.protos.messages import Failure
-from shoal.protos.parameters import Layout, Segment
 from shoal.server.checkpoints import Checkpoint
 from shoal.server.coordinator import Round
 from shoal.server.runs import plain
@@ -26,16 +26,28 @@ if TYPE_CHECKING:
     from shoal.experiment import Experiment
     from shoal.run import Run
 
-__all__ = ["Display", "display"]
+__all__ = ["Display", "Opening", "display"]
 
 SPARKS = "▁▂▃▄▅▆▇█"
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What there is to say before the first round; ``shards`` describes how the data lies, if that is known."""
+
+    path: Path
+    experiment: Experiment
+    population: int
+    parameters: int
+    engine: str
+    shards: Mapping[str, float]
 
 
 class Display(ABC):
     """An observer of the coordinator that shows a run to someone."""
 
     @abstractmethod
-    def starting(self, path: Path, experiment: Experiment, population: int, layout: Layout, engine: str) -> None: ...
+    def starting(self, opening: Opening) -> None: ...
 
     @abstractmethod
     def on_round(self, round: Round) -> None: ...
@@ -75,9 +87,9 @@ class Plain(Display):
         self.console = console or Console(highlight=False, soft_wrap=True)
         self._rounds = 0
 
-    def starting(self, path: Path, experiment: Experiment, population: int, layout: Layout, engine: str) -> None:
-        self._rounds = experiment.rounds
-        for line in _heading(path, experiment, population, layout, engine):
+    def starting(self, opening: Opening) -> None:
+        self._rounds = opening.experiment.rounds
+        for line in _heading(opening):
             self.console.print(line, markup=False)
 
     def on_round(self, round: Round) -> None:
@@ -106,9 +118,9 @@ class Live(Plain):
             console=self.console,
         )
 
-    def starting(self, path: Path, experiment: Experiment, population: int, layout: Layout, engine: str) -> None:
-        super().starting(path, experiment, population, layout, engine)
-        self._task = self._bar.add_task("rounds", total=experiment.rounds, numbers="starting")
+    def starting(self, opening: Opening) -> None:
+        super().starting(opening)
+        self._task = self._bar.add_task("rounds", total=opening.experiment.rounds, numbers="starting")
         self._bar.start()
 
     def on_round(self, round: Round) -> None:
@@ -131,8 +143,16 @@ class Json(Display):
     def _print(self, event: str, **fields: Any) -> None:
         print(json.dumps(plain({"event": event, **fields})), flush=True)
 
-    def starting(self, path: Path, experiment: Experiment, population: int, layout: Layout, engine: str) -> None:
-        self._print("start", run=str(path), engine=engine, population=population, rounds=experiment.rounds)
+    def starting(self, opening: Opening) -> None:
+        o = opening
+        self._print(
+            "start",
+            run=str(o.path),
+            engine=o.engine,
+            population=o.population,
+            rounds=o.experiment.rounds,
+            shards=o.shards,
+        )
 
     def on_round(self, round: Round) -> None:
         self._print("round", round=round.number, **round.numbers)
@@ -150,7 +170,7 @@ class Json(Display):
 class Silent(Display):
     """Nothing but failures, on standard error."""
 
-    def starting(self, path: Path, experiment: Experiment, population: int, layout: Layout, engine: str) -> None:
+    def starting(self, opening: Opening) -> None:
         return
 
     def on_round(self, round: Round) -> None:
@@ -163,16 +183,26 @@ class Silent(Display):
         return
 
 
-def _heading(path: Path, e: Experiment, population: int, layout: Layout, engine: str) -> list[str]:
-    size = layout.size(Segment.TRAINABLE)
-    model = e.model if isinstance(e.model, str) else e.model["name"] if isinstance(e.model, dict) else "your model"
+def _heading(o: Opening) -> list[str]:
+    e, local = o.experiment, o.experiment.local
+    model = e.model if isinstance(e.model, str) else e.model["name"] if isinstance(e.model, Mapping) else "your model"
+    rounds = f"{o.population} clients, {e.cohort} a round · {e.rounds} rounds · seed {e.seed}"
+    work = f"{local.steps} steps" if local.steps else f"epochs {local.epochs}"
     return [
-        f"shoal · {path}",
-        f"  {type(e.strategy).__name__} · {population} clients, {e.cohort} a round · {e.rounds} rounds · seed {e.seed}",
-        f"  {model}, {size:,} parameters · {e.local.optimizer} lr {e.local.lr:g}, batch {e.local.batch_size}, "
-        + (f"{e.local.steps} steps" if e.local.steps else f"{e.local.epochs} epochs"),
-        f"  engine {engine}",
+        f"shoal · {o.path}",
+        f"  {type(e.strategy).__name__} · {rounds}",
+        *([f"  {_shards(o.shards)}"] if o.shards else []),
+        f"  {model}, {o.parameters:,} parameters · {local.optimizer} lr {local.lr:g}, batch {local.batch_size}, {work}",
+        f"  engine {o.engine}",
     ]
+
+
+def _shards(s: Mapping[str, float]) -> str:
+    text = f"shards of {s['size_min']:.0f} to {s['size_max']:.0f} examples, median {s['size_median']:.0f}"
+    if "total_variation" not in s:
+        return text
+    classes = f"{s['classes_min']:.0f} to {s['classes_max']:.0f} classes"
+    return f"{text} · {classes}, {100 * s['total_variation']:.0f} % off the common mix"
 
 
 def _line(round: Round, rounds: int) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 
 from shoal.compose import Composition
 from shoal.experiment import UNNAMED, Experiment
-from shoal.progress import Display, display
+from shoal.progress import Display, Opening, display
 from shoal.protos.errors import ExperimentError, RunError, nearest
 from shoal.protos.parameters import Segment
 from shoal.run import Run, summarise
@@ -101,7 +101,8 @@ def _run(composition: Composition, folder: RunFolder, point: Checkpoint, workers
     experiment, began, status = composition.experiment, time.perf_counter(), "failed"
     folder.write("summary.json", {"status": "running", "name": experiment.name})
     engine = f"lean × {workers} workers" if workers else "lean, in this process"
-    show.starting(folder.path, experiment, len(composition.data.clients), point.layout, engine)
+    size, shards = point.layout.size(Segment.TRAINABLE), composition.shards()
+    show.starting(Opening(folder.path, experiment, len(composition.data.clients), size, engine, shards))
     try:
         with closing(composition.fleet(workers)) as fleet:
             coordinator = composition.coordinator(fleet, point, [folder, show])
@@ -172,4 +173,5 @@ def _environment(composition: Composition, workers: int) -> dict[str, Any]:
         "population": len(composition.data.clients),
         "parameters": composition.initial.layout.size(Segment.TRAINABLE),
         "layout": composition.initial.layout.hash,
+        "shards": composition.shards(),
     }

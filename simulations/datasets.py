@@ -109,7 +109,7 @@ def load(
     test_path: str | Path | None = None,
     **arguments: Any,
 ) -> Dataset:
-    """A data set by name (``shoal data`` lists them) or ``"file.py:function"``, with its own arguments.
+    """A data set by name or ``"file.py:function"``, with its own arguments.
 
     The function returns a Table, ``(x, y)``, ``(x, y, clients)`` or ``(Table, test Table or None)``. The server's test
     set is what it returns (of an npz file, the arrays ``x_test`` and ``y_test``), or the file ``test_path``, or a share
@@ -164,24 +164,24 @@ def from_shards(
 def from_csv(
     path: str | Path, label: str, client: str | None = None, features: Sequence[str] | None = None, **options: Any
 ) -> Dataset:
-    """A CSV file (:func:`shoal.client.data.read_csv`); ``options`` are those of :func:`load`."""
+    """A CSV file (:func:`shoal.client.readers.read_csv`); ``options`` are those of :func:`load`."""
     return load("csv", path=path, label=label, client=client, features=features, **options)
 
 
 def from_parquet(
     path: str | Path, label: str, client: str | None = None, features: Sequence[str] | None = None, **options: Any
 ) -> Dataset:
-    """A Parquet file (:func:`shoal.client.data.read_parquet`); ``options`` are those of :func:`load`."""
+    """A Parquet file (:func:`shoal.client.readers.read_parquet`); ``options`` are those of :func:`load`."""
     return load("parquet", path=path, label=label, client=client, features=features, **options)
 
 
 def from_npz(path: str | Path, x: str = "x", y: str = "y", clients: str | None = None, **options: Any) -> Dataset:
-    """An npz file (:func:`shoal.client.data.read_npz`); ``options`` are those of :func:`load`."""
+    """An npz file (:func:`shoal.client.readers.read_npz`); ``options`` are those of :func:`load`."""
     return load("npz", path=path, x=x, y=y, clients=clients, **options)
 
 
 def from_folder(path: str | Path, size: int | None = None, clients: bool = False, **options: Any) -> Dataset:
-    """A folder of images (:func:`shoal.client.data.read_image_folder`); ``options`` are those of :func:`load`."""
+    """A folder of images (:func:`shoal.client.readers.read_image_folder`); ``options`` are those of :func:`load`."""
     return load("image-folder", path=path, size=size, clients=clients, **options)
 
 

@@ -226,7 +226,7 @@ def test_weights_that_fit_binds_anew_are_taken_in() -> None:
         assert torch.equal(update.delta, expected)
 
 
-class Leaving(ByHand):
+class Leaving(Client):
     """Never clears its gradients."""
 
     def fit(self, work: Work) -> None:

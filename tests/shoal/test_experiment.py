@@ -182,7 +182,7 @@ def test_a_resume_with_another_model_without_a_name_is_refused(tmp_path: Path) -
     def make(width: int, frozen: float = 1.0) -> Any:
         def model() -> nn.Module:
             module = nn.Sequential(nn.Linear(4, width), nn.Linear(width, 2))
-            nn.init.constant_(module[0].requires_grad_(False).weight, frozen)
+            nn.init.constant_(module[0].requires_grad_(False).weight, frozen)  # type: ignore[arg-type]
             return module
 
         return model

@@ -9,26 +9,33 @@ import pytest
 from rich.console import Console
 
 from shoal import Experiment, datasets
-from shoal.progress import Live, display
+from shoal.progress import Live, Opening, display
 from shoal.protos.errors import ExperimentError
 from shoal.protos.messages import Failure
-from shoal.protos.parameters import Entry, Layout, Segment
 from shoal.server.coordinator import Round
-
-LAYOUT = Layout((Entry("w", Segment.TRAINABLE, "float32", (1234,)),))
 
 
 def test_a_live_line() -> None:
     out = io.StringIO()
     live = Live(Console(file=out, force_terminal=True, width=200, highlight=False))
     data = datasets.from_arrays([[0.0], [1.0]], [0, 1], clients=["a", "b"])
-    live.starting(Path("runs/0001-x"), Experiment(model="linear", data=data, rounds=3, cohort=2), 2, LAYOUT, "lean")
+    shards = {
+        "size_min": 1,
+        "size_max": 9,
+        "size_median": 4,
+        "classes_min": 1,
+        "classes_max": 2,
+        "total_variation": 0.5,
+    }
+    experiment = Experiment(model="linear", data=data, rounds=3, cohort=2)
+    live.starting(Opening(Path("runs/0001-x"), experiment, 2, 1234, "lean", shards))
     for number, accuracy in enumerate((0.1, 0.5, 0.9)):
         live.on_round(Round(number, {"test_loss": 0.25, "test_accuracy": accuracy}))
     live.on_failure(Failure("a", 2, "client 'a' [sic] broke", "Traceback: [red]"))
     live.close()
     shown = out.getvalue()
 
+    assert "shards of 1 to 9 examples, median 4 · 1 to 2 classes, 50 % off the common mix" in shown
     assert "1,234 parameters" in shown and "FedAvg · 2 clients, 2 a round" in shown
     assert "round 2/3" in shown and "test accuracy 0.9" in shown and "▁▅█" in shown
     assert "client 'a' [sic] broke" in shown and "Traceback: [red]" in shown
