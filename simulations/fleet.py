@@ -80,8 +80,12 @@ class SimulatedFleet:
         Under a deadline all go one by one: a client that hangs must not take others with it.
         """
         workers = self._crew.workers
-        whole = count // LEAF // workers * workers if deadline is None else 0
-        whole = -(-count // LEAF) if workers == 1 and deadline is None else whole
+        if deadline is not None:
+            whole = 0
+        elif workers == 1:
+            whole = -(-count // LEAF)
+        else:
+            whole = count // LEAF // workers * workers
         leaves: list[Sequence[int]] = [range(count)[LEAF * i : LEAF * (i + 1)] for i in range(whole)]
         return leaves + [[position] for position in range(LEAF * whole, count)]
 

@@ -151,6 +151,9 @@ class Pool:
             while waiting or running:
                 while waiting and len(running) < len(self._workers):
                     job = waiting.popleft()
+                    if (left := job.left()) is not None and left <= 0:
+                        yield job, Died("not begun before the deadline")
+                        continue
                     running[self._threads.submit(self._call, Order(job, self._block, numbers))] = job
                 patience = _patience(running.values()) if not overdue else None
                 done, _ = wait(running, timeout=patience, return_when=FIRST_COMPLETED)
