@@ -51,7 +51,7 @@ class Shard:
 
 
 @final
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Table:
     """Rows as arrays: ``x`` ``[n, ...]`` and ``y`` ``[n, ...]`` (float32 or int64), ``clients`` ``[n]`` ids (text).
 
@@ -77,6 +77,10 @@ class Table:
             raise DataError(f"x has {len(self.x)} rows, y {len(self.y)} and clients {ids}; give each row one of each")
         if len(self) == 0:
             raise DataError("x has no rows; a table needs at least one")
+
+    def __repr__(self) -> str:
+        clients = "" if self.clients is None else f", {len(np.unique(self.clients))} clients"
+        return f"<Table {len(self)} rows, x {self.x.dtype}{list(self.x.shape[1:])}, y {self.y.dtype}{clients}>"
 
     def __len__(self) -> int:
         return len(self.x)

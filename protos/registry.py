@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
+import traceback
 from collections.abc import Mapping
 from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
@@ -76,10 +77,18 @@ def _file_module(path: Path) -> ModuleType:
         sys.modules[name] = module
         try:
             spec.loader.exec_module(module)
-        except BaseException:
+        except BaseException as error:
             del sys.modules[name]
-            raise
+            if not isinstance(error, Exception) or isinstance(error, ShoalError):
+                raise
+            raise ExperimentError(f"{_where(error, resolved)}: {type(error).__name__}: {error}") from error
     return sys.modules[name]
+
+
+def _where(error: Exception, path: Path) -> str:
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+    return f"{path.name}, line {line}" if line else path.name
 
 
 def build(group: str, name: str, arguments: Mapping[str, object], where: str, kind: type = object) -> Any:

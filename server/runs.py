@@ -91,6 +91,16 @@ class RunFolder:
             self._lock.close()
             raise RunError(f"{self.path} is being written by another process; wait for it or stop it") from error
 
+    def in_use(self) -> bool:
+        """Whether a process is writing this run (always False where the system has no file locks)."""
+        probe = RunFolder(self.path)
+        try:
+            probe.claim()
+        except RunError:
+            return True
+        probe.close()
+        return False
+
     # --- writing -----------------------------------------------------------------------------------------------------
 
     def write(self, name: str, content: str | Mapping[str, Any]) -> None:

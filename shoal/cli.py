@@ -67,6 +67,8 @@ def runs(out: Out = Path("runs"), as_json: AsJson = False) -> None:
             summary = folder.read("summary.json")
         except RunError:
             summary = {"status": "unreadable"}
+        if summary["status"] == "running" and not folder.in_use():
+            summary["status"] = "killed"  # a run that ends says how; 'shoal resume' goes on with it
         rows.append({"run": str(folder.path), **summary})
     if as_json:
         for row in rows:
@@ -77,7 +79,7 @@ def runs(out: Out = Path("runs"), as_json: AsJson = False) -> None:
     width = max((len(row["run"]) for row in rows), default=0)
     for row in rows:
         last = "  ".join(f"{k.removeprefix('test_')} {v:.4f}" for k, v in row.get("last", {}).items() if "test_" in k)
-        print(f"{row['run']:{width}}  {row['status']:11}  {row.get('rounds', ''):>4} rounds  {last}")
+        print(f"{row['run']:{width}}  {row['status']:11}  {row.get('rounds', '?'):>4} rounds  {last}")
 
 
 @app.command()

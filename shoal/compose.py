@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from shoal.client.data import Shard
-from shoal.client.losses import cross_entropy, loss_named
+from shoal.client.losses import cross_entropy, loss_named, metric_named
 from shoal.client.net import Net, parameters_of
 from shoal.client.participant import evaluate
 from shoal.experiment import Experiment
@@ -40,7 +40,9 @@ class Composition:
         module = build_module(self._make_model, experiment.seed, experiment.dtype)
         self._net = Net(module, experiment.device)
         self.initial: Parameters[Tensor] = parameters_of(module).map(Tensor.cpu)
-        self._check_labels(self._outputs())
+        output = self._outputs()
+        self._check_labels(output)
+        self._check_loss(output)
 
     def shards(self) -> dict[str, float]:
         """How the data lies: sizes of shards and, for class labels, how far their mixes are from the whole's."""
@@ -134,6 +136,19 @@ class Composition:
         if not isinstance(output, Tensor):
             raise ExperimentError(f"the model returns a {type(output).__name__}; it must return one tensor")
         return output
+
+    def _check_loss(self, output: Tensor) -> None:
+        """The loss and the metrics of two examples: shapes that do not fit are found here."""
+        local = self.experiment.local
+        y = self.data.shard(self.data.clients[0]).y[:2].to(output.device)
+        for what, function in [("loss", loss_named(local.loss)), *map(metric_named, local.metrics or ())]:
+            try:
+                function(output, y)
+            except Exception as error:
+                shapes = f"an output of shape {list(output.shape)} and labels of shape {list(y.shape)}"
+                raise ExperimentError(
+                    f"{what} cannot be computed from {shapes}: {error}; set local.loss, local.metrics or model.classes"
+                ) from error
 
     def _check_labels(self, output: Tensor) -> None:
         if loss_named(self.experiment.local.loss) is not cross_entropy:

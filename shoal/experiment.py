@@ -63,7 +63,10 @@ class Experiment:
     def __post_init__(self) -> None:
         parsed = files.parse(self._plain() | {"data": "checked elsewhere", "model": "checked elsewhere"})
         object.__setattr__(self, "evaluation", parsed.evaluation)  # a mapping will do as well
-        for where in ("strategy", "local", "selector"):
+        for where, kind in (("strategy", Strategy), ("local", LocalTraining), ("selector", Selector)):
+            if not isinstance(getattr(self, where), kind):
+                given = type(getattr(self, where)).__name__
+                raise ExperimentError(f"{where} is a {given}; give an object, for example shoal.{EXAMPLES[where]}")
             registry.validate(getattr(self, where), where)
         loss_named(self.local.loss)
         known = {"loss", *(metric_named(metric)[0] for metric in self.local.metrics or ())}
@@ -148,6 +151,7 @@ class Experiment:
         return {key: value for key, value in values.items() if value is not None}
 
 
+EXAMPLES = {"strategy": "FedAvg()", "local": "LocalTraining(lr=0.1)", "selector": "Uniform()"}
 UNNAMED = "# cannot be run again from this file alone: a Python object stands for"
 _OBJECTS = frozenset({"model", "data", "strategy", "local", "selector", "client"})
 _LOCAL = "shoal.client.local:LocalTraining"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -28,6 +29,15 @@ if TYPE_CHECKING:
 
 __all__ = ["Display", "Opening", "display"]
 
+
+class _Console(Console):
+    """Whoever reads may stop reading (``| head``): the run goes on."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 SPARKS = "▁▂▃▄▅▆▇█"
 
 
@@ -46,6 +56,8 @@ class Opening:
 class Display(ABC):
     """An observer of the coordinator that shows a run to someone."""
 
+    _shown: frozenset[str] = frozenset({""})
+
     @abstractmethod
     def starting(self, opening: Opening) -> None: ...
 
@@ -53,9 +65,10 @@ class Display(ABC):
     def on_round(self, round: Round) -> None: ...
 
     def on_failure(self, failure: Failure) -> None:
-        """Failures come at once: nothing is silent."""
+        """Failures come at once: nothing is silent. A traceback that was shown before is not repeated."""
         text = f"round {failure.round}: {failure.reason}"
-        self.note(f"{text}\n{failure.traceback}" if failure.traceback else text)
+        known, self._shown = self._shown, self._shown | {failure.traceback}
+        self.note(text if failure.traceback in known else f"{text}\n{failure.traceback}")
 
     def on_checkpoint(self, checkpoint: Checkpoint) -> None:
         return
@@ -84,7 +97,7 @@ class Plain(Display):
     """One line a round."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False, soft_wrap=True)
+        self.console = console or _Console(highlight=False, soft_wrap=True)
         self._rounds = 0
 
     def starting(self, opening: Opening) -> None:
@@ -127,7 +140,7 @@ class Live(Plain):
         shown = {name: value for name, value in round.numbers.items() if name.startswith(("test_", "train_loss"))}
         main = next((value for name, value in shown.items() if "loss" not in name), None)
         self._history += [] if main is None else [main]
-        text = "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in shown.items())
+        text = "  ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in shown.items())
         self._bar.update(self._task, completed=round.number, numbers=f"{escape(text)}  {_spark(self._history)}")
 
     def note(self, text: str) -> None:
@@ -185,14 +198,18 @@ class Silent(Display):
 
 def _heading(o: Opening) -> list[str]:
     e, local = o.experiment, o.experiment.local
-    model = e.model if isinstance(e.model, str) else e.model["name"] if isinstance(e.model, Mapping) else "your model"
+    model = e.model["name"] if isinstance(e.model, Mapping) else getattr(e.model, "__name__", type(e.model).__name__)
+    model = e.model if isinstance(e.model, str) else model
     rounds = f"{o.population} clients, {e.cohort} a round · {e.rounds} rounds · seed {e.seed}"
     work = f"{local.steps} steps" if local.steps else f"epochs {local.epochs}"
+    training = f"{local.optimizer} lr {local.lr:g}, batch {local.batch_size}, {work}"
+    if e.client is not None:
+        training = f"trained by {e.client['name'] if isinstance(e.client, Mapping) else type(e.client).__name__}"
     return [
         f"shoal · {o.path}",
         f"  {type(e.strategy).__name__} · {rounds}",
         *([f"  {_shards(o.shards)}"] if o.shards else []),
-        f"  {model}, {o.parameters:,} parameters · {local.optimizer} lr {local.lr:g}, batch {local.batch_size}, {work}",
+        f"  {model}, {o.parameters:,} parameters · {training}",
         f"  engine {o.engine}",
     ]
 
@@ -213,6 +230,10 @@ def _line(round: Round, rounds: int) -> str:
     numbers = round.numbers
     counted = f"{numbers['counted']:.0f}/{numbers['asked']:.0f} clients"
     return f"round {round.number}/{rounds}  {counted}  {text}  {numbers['seconds']:.2f} s"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
 
 
 def _headline(name: str) -> bool:
@@ -239,7 +260,7 @@ def _print_summary(console: Console, run: Run) -> None:
     shown = {name: last for name, last in s.get("last", {}).items() if _headline(name)}
     for name, last in shown.items():
         best = s["best"][name]
-        cells = f"{last:.4f}", f"{s['mean_of_last_10'][name]:.4f}", f"{best['value']:.4f} (round {best['round']})"
+        cells = f"{last:.4f}", _number(s["mean_of_last_10"].get(name)), f"{best['value']:.4f} (round {best['round']})"
         table.add_row(name.replace("_", " "), *cells)
     if shown:
         console.print(table)

@@ -106,7 +106,7 @@ class Run:
 
 
 def summarise(folder: RunFolder, target: Mapping[str, float]) -> dict[str, Any]:
-    """Totals, the last and the best round, the mean over the last ten rounds evaluated, and when targets were met."""
+    """Totals, the last and the best round, the mean of the last ten evaluations, and when targets were met."""
     lines = list(folder.lines("metrics.jsonl"))
     rounds = [line for line in lines if line["round"] > 0]
     added = ("seconds", "bytes_up", "bytes_down", "failed")
@@ -119,9 +119,16 @@ def summarise(folder: RunFolder, target: Mapping[str, float]) -> dict[str, Any]:
         **totals,
         "last": {name: having[-1][name] for name, having in kept.items()},
         "best": {name: _best(name, having) for name, having in kept.items()},
-        "mean_of_last_10": {name: fmean(line[name] for line in having[-10:]) for name, having in kept.items()},
+        "mean_of_last_10": {
+            name: fmean(last) for name, having in kept.items() if len(last := _last_ten(name, having)) == 10
+        },
         "target": {name: _reached(name, value, rounds) for name, value in target.items()},
     }
+
+
+def _last_ten(name: str, having: list[dict[str, Any]]) -> list[float]:
+    """The last ten evaluations of trained models; fewer if there are no ten."""
+    return [line[name] for line in having if line["round"] > 0][-10:]
 
 
 def _lower(name: str) -> bool:

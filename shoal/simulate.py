@@ -102,8 +102,8 @@ def _run(composition: Composition, folder: RunFolder, point: Checkpoint, workers
     folder.write("summary.json", {"status": "running", "name": experiment.name})
     engine = f"lean × {workers} workers" if workers else "lean, in this process"
     size, shards = point.layout.size(Segment.TRAINABLE), composition.shards()
-    show.starting(Opening(folder.path, experiment, len(composition.data.clients), size, engine, shards))
     try:
+        show.starting(Opening(folder.path, experiment, len(composition.data.clients), size, engine, shards))
         with closing(composition.fleet(workers)) as fleet:
             coordinator = composition.coordinator(fleet, point, [folder, show])
             with _interruptible(coordinator, show):

@@ -44,7 +44,7 @@ COMMON = ("client_test", "partition", "test_fraction", "test_path")
 
 
 @final
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Dataset:
     """Rows, and how to split them.
 
@@ -74,6 +74,10 @@ class Dataset:
                 f"test labels are named {self.test.class_names}, but those to train on {self.train.class_names}; "
                 f"read both with the same class_names"
             )
+
+    def __repr__(self) -> str:
+        test = f" + {len(self.test)} to test on" if self.test is not None else ""
+        return f"<Dataset {self.train}{test}, split by {self.partitioner or 'its own clients'}>"
 
     def split(self, seed: int) -> FederatedData:
         """The shards; the same seed gives the same ones. DataError if the partitioner cannot split the rows."""

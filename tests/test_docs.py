@@ -34,7 +34,7 @@ def test_the_readmes_python_runs_as_printed(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_readmes_own_strategy_runs_from_a_file(tmp_path: Path) -> None:
-    (tmp_path / "my.py").write_text("import shoal\n" + blocks("python")[-1])
+    (tmp_path / "my.py").write_text(blocks("python")[-1])
     command = (
         "import sys; sys.argv = ['shoal', 'simulate', 'e.toml', 'strategy=my.py:Halfway', 'rounds=1', 'model=linear']"
     )

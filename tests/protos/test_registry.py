@@ -97,7 +97,11 @@ def test_what_is_not_there(name: str, message: str) -> None:
         registry.load("shoal.strategies", name)
 
 
-def test_a_broken_file_shows_its_own_error(tmp_path: Path) -> None:
-    (tmp_path / "broken.py").write_text("1 / 0")
-    with pytest.raises(ZeroDivisionError):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a = 1\n1 / 0\n", r"broken\.py, line 2: ZeroDivisionError"), ("def (", r"broken\.py, line 1: SyntaxError")],
+)
+def test_a_broken_file_is_named_with_its_line(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "broken.py").write_text(text)
+    with pytest.raises(ExperimentError, match=message):
         registry.load("shoal.strategies", f"{tmp_path / 'broken.py'}:x")

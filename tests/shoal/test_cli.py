@@ -173,6 +173,33 @@ def test_a_run_is_resumed_by_one_process_at_a_time(shoal: Shoal) -> None:
     assert code == 2 and "being written by another process" in err
 
 
+def test_a_run_that_was_killed_is_listed_as_such(shoal: Shoal) -> None:
+    shoal("simulate", "tiny.toml", "--workers", "0")
+    Path("runs/0001-tiny/summary.json").write_text('{"status": "running"}')
+
+    assert re.search(r"runs/0001-tiny +killed +\? rounds", shoal("runs")[1])
+    assert shoal("resume", "runs/1", "--rounds", "3")[0] == 0
+
+
+@pytest.mark.slow
+def test_a_reader_that_stops_reading_does_not_stop_the_run(shoal: Shoal) -> None:
+    command = [sys.executable, "-c", "from shoal.cli import main; main()", "simulate", "tiny.toml", "--workers", "0"]
+    process = subprocess.Popen([*command, "rounds=50"], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.stdout.close()
+
+    assert process.wait() == 0
+    assert json.loads(Path("runs/0001-tiny/summary.json").read_text())["rounds"] == 50
+
+
+def test_a_traceback_is_shown_once(shoal: Shoal) -> None:
+    shown = shoal("simulate", "tiny.toml", "client=mine.py:Raises", "cohort=6", "quorum=0.5", "--workers", "0")[1]
+
+    assert shown.count("client 'b' raised KeyError") == 2
+    assert shown.count("Traceback (most recent call last)") == 1
+
+
 def test_no_test_set_is_no_obstacle(shoal: Shoal) -> None:
     text = Path("tiny.toml").read_text().replace("test_fraction = 0.2\n", "")
     Path("tiny.toml").write_text(text)
@@ -248,6 +275,7 @@ def test_strategies_are_listed_with_their_sources(shoal: Shoal) -> None:
         (["tiny.toml", "local.betas=[1.0, 1.0]"], r"'local\.betas' is"),
         (["tiny.toml", "local.lr=inf"], r"'local\.lr' is inf"),
         (["tiny.toml", "over_select=inf"], r"key 'over_select' is inf"),
+        (["tiny.toml", "local.loss=mse"], r"loss cannot be computed from an output of shape \[2, 2\].*model\.classes"),
         (["tiny.toml", "device=gpu"], r"device 'gpu' cannot be used"),
         (["tiny.toml", "target.acuracy=0.5"], r"unknown key 'target\.acuracy' \(did you mean 'accuracy'\?\)"),
         (["tiny.toml", "data=3"], r"key 'data' is 3: give a name, or a table"),

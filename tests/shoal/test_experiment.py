@@ -125,6 +125,7 @@ def test_the_summary_totals_and_targets(tmp_path: Path) -> None:
     assert run.metrics.loc[reached["round"], "test_accuracy"] >= 0.6
     assert reached["bytes_up"] == rows.loc[: reached["round"], "bytes_up"].sum()
     assert run.summary["bytes_up"] == rows["bytes_up"].sum()
+    assert "test_loss" not in simulate(experiment(rounds=9), tmp_path).summary["mean_of_last_10"]
     assert run.summary["mean_of_last_10"]["test_loss"] == pytest.approx(run.metrics["test_loss"].iloc[-10:].mean())
 
 
@@ -138,6 +139,7 @@ def test_the_learning_rate_decays(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"rounds": 0}, "key 'rounds' is 0"),
+        ({"strategy": "fedavg"}, r"strategy is a str; give an object, for example shoal\.FedAvg\(\)"),
         ({"cohort": 7}, "only 6 clients"),
         ({"strategy": shoal.FedProx(mu=-1.0)}, "'strategy.mu' is -1.0"),
         ({"local": LocalTraining(loss="croos-entropy")}, "did you mean 'cross-entropy'"),
@@ -192,3 +194,9 @@ def test_a_resume_with_another_model_without_a_name_is_refused(tmp_path: Path) -
         shoal.resume(run.path, rounds=2, experiment=experiment(model=make(5)))
     with pytest.raises(RunError, match=r"frozen tensor '0\.weight' has other values"):
         shoal.resume(run.path, rounds=2, experiment=experiment(model=make(3, frozen=2.0)))
+
+
+def test_data_shows_itself_in_a_line() -> None:
+    assert repr(data()) == (
+        "<Dataset <Table 60 rows, x float32[4], y int64, 6 clients> + 20 to test on, split by its own clients>"
+    )
