@@ -1,7 +1,7 @@
 """Training in a way that cannot be declared: subclass :class:`Client` and write your own ``fit``.
 
-Every strategy works with it: what a strategy adds to the gradient (FedProx's pull, SCAFFOLD's correction) is applied by
-:meth:`Work.step`, or by :meth:`Work.correct` in a hand-written loop.
+Strategies work with it as with declared training: what one adds to the gradient (FedProx's pull, SCAFFOLD's correction)
+is applied by :meth:`Work.step`, or by :meth:`Work.correct` in a hand-written loop.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from shoal.client.local import LocalTraining
 from shoal.client.net import Net
 from shoal.client.trainer import LeanTrainer, Turn, declared_batches
 from shoal.protos.errors import ExperimentError, InvalidUpdate
-from shoal.protos.parameters import Segment
-from shoal.strategies.base import Drift, Strategy, Update
+from shoal.strategies.base import Drift, Strategy, Update, drift_at
 
 __all__ = ["RESERVED", "Client", "FitTrainer", "Work"]
 
@@ -63,7 +62,7 @@ class Work:
         self.steps, self.lr_sum = self.steps + 1, self.lr_sum + lr
         if self._drift is None:
             return
-        drift = self._drift(self._net.flat) if callable(self._drift) else self._drift
+        drift = drift_at(self._drift, self._net.flat)
         for weight, part in zip(self._net.weights, self._net.split(drift), strict=True):
             weight.grad = part.clone() if weight.grad is None else weight.grad.add_(part)
 
@@ -106,15 +105,8 @@ class FitTrainer(LeanTrainer):
         metrics = self._client.fit(work) or {}
         net.collect()
         _check_fit(work, drift, metrics)
-        return Update(
-            net.flat - start,
-            float(len(work.data)),
-            work.steps,
-            work.lr_sum,
-            buffers=net.read(Segment.BUFFERS),
-            counters=net.read(Segment.COUNTERS),
-            metrics={name: float(value) for name, value in metrics.items()},
-        )
+        numbers = {name: float(value) for name, value in metrics.items()}
+        return self._update(start, work.steps, work.lr_sum, numbers)
 
 
 def _check_fit(work: Work, drift: Drift | None, metrics: Mapping[str, float]) -> None:

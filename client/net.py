@@ -82,8 +82,8 @@ class Net:
     def __init__(self, module: nn.Module, device: str = "cpu") -> None:
         self.module = module.to(device)
         self.layout = layout_of(module)
-        self.flat = _gather([t for t in _tensors(module).values() if t.requires_grad], self.dtype).to(device)
         self.weights = [tensor for tensor in _tensors(module).values() if tensor.requires_grad]
+        self.flat = _gather(self.weights, self.dtype)
         self._shapes = [tensor.shape for tensor in self.weights]
         self._sizes = [tensor.numel() for tensor in self.weights]
         self._bind()

@@ -1,13 +1,13 @@
 """The lean trainer: one client at a time on a resident net, at the cost of its forward and backward passes.
 
-The parameters are reset in place in the flat buffer, batches are slices of tensors in memory, gradients go
+The parameters are reset in place in the flat buffer, batches come from tensors in memory, gradients go
 straight into one fused update. It runs any model, and is the reference that every other engine must equal.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 
@@ -21,7 +21,7 @@ from shoal.client.losses import loss_named
 from shoal.client.net import Net
 from shoal.client.optimizers import optimizer_for
 from shoal.protos.parameters import Segment
-from shoal.strategies.base import Drift, Update
+from shoal.strategies.base import Drift, Update, drift_at
 
 __all__ = ["LeanTrainer", "Turn", "batches", "declared_batches"]
 
@@ -83,21 +83,20 @@ class LeanTrainer:
             losses.append(loss.detach())
             sizes.append(len(x))
         steps = len(sizes)
-        return Update(
-            net.flat - start,
-            float(len(self._turn.shard)),
-            steps,
-            steps * self._turn.lr,
-            buffers=net.read(Segment.BUFFERS),
-            counters=net.read(Segment.COUNTERS),
-            metrics={"loss": _weighted_mean(losses, sizes)},
-        )
+        return self._update(start, steps, steps * self._turn.lr, {"loss": _weighted_mean(losses, sizes)})
+
+    def _update(self, start: Tensor, steps: int, lr_sum: float, metrics: Mapping[str, float]) -> Update:
+        """What the net holds now, as seen from ``start``."""
+        net = self._net
+        buffers, counters = net.read(Segment.BUFFERS), net.read(Segment.COUNTERS)
+        examples = float(len(self._turn.shard))
+        return Update(net.flat - start, examples, steps, lr_sum, {}, buffers, counters, metrics)
 
     def _step_plain(self, gradients: tuple[Tensor, ...], drift: Drift | None) -> None:
         """w ← w − lr (g + drift), without gathering g into one vector."""
         net = self._net
         if drift is not None:
-            net.flat.add_(drift(net.flat) if callable(drift) else drift, alpha=-self._turn.lr)
+            net.flat.add_(drift_at(drift, net.flat), alpha=-self._turn.lr)
         torch._foreach_add_(net.views, gradients, alpha=-self._turn.lr)
 
     def _stepper(self) -> Callable[[tuple[Tensor, ...], Drift | None], None]:
@@ -107,7 +106,7 @@ class LeanTrainer:
             with torch.no_grad():
                 g = _joined(gradients)
                 if drift is not None:
-                    g.add_(drift(net.flat) if callable(drift) else drift)
+                    g.add_(drift_at(drift, net.flat))
                 if clip is not None:
                     g.mul_(torch.clamp(clip / (g.norm() + 1e-6), max=1.0))
                 optimizer.step(net.flat, g, self._turn.lr)

@@ -8,6 +8,7 @@ clients.jsonl      a line a round, by columns: who took part, with what numbers;
 checkpoints/       the newest two states (safetensors and JSON)
 summary.json       status and last numbers
 log.jsonl          events with their time
+.lock              held by the one process that writes
 =================  =====================================================================================
 
 Lines are appended and flushed; a run that is resumed drops the lines of rounds after its checkpoint and goes on.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -44,6 +45,7 @@ class Composition:
         self._check_labels(output)
         self._check_loss(output)
 
+    @cached_property
     def shards(self) -> dict[str, float]:
         """How the data lies: sizes of shards and, for class labels, how far their mixes are from the whole's."""
         if not isinstance(self.data, ArrayData):

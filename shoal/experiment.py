@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from inspect import signature
@@ -89,7 +90,7 @@ class Experiment:
         """Build the objects that a file names."""
         plain = {f.name: getattr(file, f.name) for f in fields(cls) if f.name not in _OBJECTS}
         return cls(
-            model={"name": file.model.name, **file.model.arguments},
+            model=file.model.model_dump(),
             data=load(file.data.name, **file.data.arguments),
             strategy=registry.build(
                 "shoal.strategies", file.strategy.name, file.strategy.arguments, "strategy", Strategy
@@ -98,7 +99,7 @@ class Experiment:
             selector=registry.build(
                 "shoal.selectors", file.selector.name, file.selector.arguments, "selector", Selector
             ),
-            client=None if file.client is None else {"name": file.client.name, **file.client.arguments},
+            client=None if file.client is None else file.client.model_dump(),
             **plain,
         )
 
@@ -167,8 +168,6 @@ class _Maker:
 
     def __call__(self) -> nn.Module:
         if isinstance(self.model, nn.Module):
-            import copy
-
             return copy.deepcopy(self.model)
         if callable(self.model):
             made = self.model(**self._wanted(self.model, {}))

@@ -101,7 +101,7 @@ def _run(composition: Composition, folder: RunFolder, point: Checkpoint, workers
     experiment, began, status = composition.experiment, time.perf_counter(), "failed"
     folder.write("summary.json", {"status": "running", "name": experiment.name})
     engine = f"lean × {workers} workers" if workers else "lean, in this process"
-    size, shards = point.layout.size(Segment.TRAINABLE), composition.shards()
+    size, shards = point.layout.size(Segment.TRAINABLE), composition.shards
     try:
         show.starting(Opening(folder.path, experiment, len(composition.data.clients), size, engine, shards))
         with closing(composition.fleet(workers)) as fleet:
@@ -173,5 +173,5 @@ def _environment(composition: Composition, workers: int) -> dict[str, Any]:
         "population": len(composition.data.clients),
         "parameters": composition.initial.layout.size(Segment.TRAINABLE),
         "layout": composition.initial.layout.hash,
-        "shards": composition.shards(),
+        "shards": composition.shards,
     }

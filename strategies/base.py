@@ -118,6 +118,11 @@ class Strategy(ABC):
         return None
 
 
+def drift_at(drift: Drift, parameters: Tensor) -> Tensor:
+    """A drift's vector at the current parameters."""
+    return drift(parameters) if callable(drift) else drift
+
+
 def spec(tensor: Tensor) -> Spec:
     """The tensor's dtype and shape as they are declared to a peer."""
     return Spec(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
