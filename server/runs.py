@@ -70,6 +70,15 @@ class RunFolder:
             return cls(path)
 
     @classmethod
+    def make(cls, path: Path) -> RunFolder:
+        """A new folder at a place of the caller's; RunError if there is something already."""
+        try:
+            path.mkdir(parents=True)
+        except OSError as error:
+            raise RunError(f"{str(path)!r} cannot be made ({error.strerror}); give another folder") from error
+        return cls(path)
+
+    @classmethod
     def open(cls, path: Path) -> RunFolder:
         """An existing run; ``runs/7`` and ``runs/0007`` find ``runs/0007-name``."""
         if (path / "experiment.toml").is_file():

@@ -33,13 +33,15 @@ ENGINES = ("auto", "lean")
 MAY_CHANGE = frozenset({"rounds", "evaluation", "target", "checkpoint_every"})
 
 
-def simulate(experiment: Experiment, *, engine: str, workers: int | None, out: Path, progress: str) -> Run:
-    """Run an experiment from the start; see :meth:`shoal.Experiment.simulate`."""
+def simulate(
+    experiment: Experiment, *, engine: str, workers: int | None, progress: str, out: Path, path: Path | None = None
+) -> Run:
+    """Run an experiment from the start; see :meth:`shoal.Experiment.simulate`. ``path`` is a folder of its own."""
     if engine not in ENGINES:
         raise ExperimentError(f"there is no engine {engine!r}{nearest(engine, ENGINES)}")
     number, show = _workers(experiment, workers), display(progress)
     composition = Composition(experiment)
-    with closing(RunFolder.create(out, experiment.name)) as folder:
+    with closing(RunFolder.create(out, experiment.name) if path is None else RunFolder.make(path)) as folder:
         folder.claim()
         folder.write("experiment.toml", experiment.toml())
         folder.write("env.json", _environment(composition, number))
