@@ -143,10 +143,10 @@ def _best(name: str, having: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _reached(name: str, value: float, rounds: list[dict[str, Any]]) -> dict[str, Any]:
     """The first round at the target, with what was spent by then; ``round`` is None if it was never met."""
-    bytes_up, seconds = 0, 0.0
+    spent = dict.fromkeys(("bytes_up", "bytes_down", "seconds"), 0.0)
     for line in rounds:
-        bytes_up, seconds = bytes_up + line["bytes_up"], seconds + line["seconds"]
+        spent = {key: total + line[key] for key, total in spent.items()}
         now = line.get(f"test_{name}")
         if now is not None and (now <= value if _lower(name) else now >= value):
-            return {"value": value, "round": line["round"], "bytes_up": bytes_up, "seconds": seconds}
+            return {"value": value, "round": line["round"], **spent}
     return {"value": value, "round": None}
