@@ -1,4 +1,4 @@
-"""An assignment as bytes: functions of a notebook or a script by value, large tensors in shared memory."""
+"""What a worker must know as bytes: functions of a notebook or a script by value, large tensors in shared memory."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ import pickle
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import IO, cast
+from typing import IO, Any
 
 import cloudpickle
 from torch import Tensor
 
-from shoal.simulations.engine import Assignment
 from shoal.simulations.shared import SharedBlock
 
 __all__ = ["pack", "unpack"]
@@ -20,7 +19,7 @@ __all__ = ["pack", "unpack"]
 SHARE_FROM = 65536  # bytes: below, a copy is cheaper than a mapping
 
 
-class _AssignmentPickler(cloudpickle.Pickler):  # type: ignore[misc]
+class _ByValuePickler(cloudpickle.Pickler):  # type: ignore[misc]
     """By value, functions of a notebook included; large tensors are set aside to be shared, not copied."""
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -34,7 +33,7 @@ class _AssignmentPickler(cloudpickle.Pickler):  # type: ignore[misc]
         return f"{id(thing)}"
 
 
-class _AssignmentUnpickler(pickle.Unpickler):
+class _SharingUnpickler(pickle.Unpickler):
     def __init__(self, file: IO[bytes], block: SharedBlock) -> None:
         super().__init__(file)
         self._block = block
@@ -43,20 +42,20 @@ class _AssignmentUnpickler(pickle.Unpickler):
         return self._block.tensors[name]
 
 
-def pack(assignment: Assignment) -> tuple[bytes, SharedBlock]:
+def pack(assignment: object) -> tuple[bytes, SharedBlock]:
     """The assignment as bytes, and the block that holds its large tensors and must outlive all workers."""
     buffer = io.BytesIO()
-    pickler = _AssignmentPickler(buffer)
+    pickler = _ByValuePickler(buffer)
     with _by_value():
         pickler.dump(assignment)
     block = SharedBlock.of(pickler.shared)
     return pickle.dumps(block) + buffer.getvalue(), block
 
 
-def unpack(file: IO[bytes]) -> Assignment:
+def unpack(file: IO[bytes]) -> Any:
     """The inverse of :func:`pack`, in a worker."""
     block = pickle.load(file)
-    return cast(Assignment, _AssignmentUnpickler(file, block).load())
+    return _SharingUnpickler(file, block).load()
 
 
 @contextmanager
