@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from shoal.experiment import Experiment
     from shoal.run import Run
 
-__all__ = ["Display", "Opening", "display"]
+__all__ = ["Display", "Opening", "Output", "display", "on_shards", "on_training"]
 
 
-class _Console(Console):
+class Output(Console):
     """Whoever reads may stop reading (``| head``): the run goes on."""
 
     def on_broken_pipe(self) -> None:
@@ -97,7 +97,7 @@ class Plain(Display):
     """One line a round."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or _Console(highlight=False, soft_wrap=True)
+        self.console = console or Output(highlight=False, soft_wrap=True)
         self._rounds = 0
 
     def starting(self, opening: Opening) -> None:
@@ -197,24 +197,30 @@ class Silent(Display):
 
 
 def _heading(o: Opening) -> list[str]:
-    e, local = o.experiment, o.experiment.local
-    model = e.model["name"] if isinstance(e.model, Mapping) else getattr(e.model, "__name__", type(e.model).__name__)
-    model = e.model if isinstance(e.model, str) else model
+    e = o.experiment
     rounds = f"{o.population} clients, {e.cohort} a round · {e.rounds} rounds · seed {e.seed}"
-    work = f"{local.steps} steps" if local.steps else f"epochs {local.epochs}"
-    training = f"{local.optimizer} lr {local.lr:g}, batch {local.batch_size}, {work}"
-    if e.client is not None:
-        training = f"trained by {e.client['name'] if isinstance(e.client, Mapping) else type(e.client).__name__}"
     return [
         f"shoal · {o.path}",
         f"  {type(e.strategy).__name__} · {rounds}",
-        *([f"  {_shards(o.shards)}"] if o.shards else []),
-        f"  {model}, {o.parameters:,} parameters · {training}",
+        *([f"  {on_shards(o.shards)}"] if o.shards else []),
+        f"  {on_training(e, o.parameters)}",
         f"  engine {o.engine}",
     ]
 
 
-def _shards(s: Mapping[str, float]) -> str:
+def on_training(e: Experiment, parameters: int) -> str:
+    """The model and how clients train it, in words."""
+    model = e.model["name"] if isinstance(e.model, Mapping) else getattr(e.model, "__name__", type(e.model).__name__)
+    model = e.model if isinstance(e.model, str) else model
+    work = f"{e.local.steps} steps" if e.local.steps else f"epochs {e.local.epochs}"
+    training = f"{e.local.optimizer} lr {e.local.lr:g}, batch {e.local.batch_size}, {work}"
+    if e.client is not None:
+        training = f"trained by {e.client['name'] if isinstance(e.client, Mapping) else type(e.client).__name__}"
+    return f"{model}, {parameters:,} parameters · {training}"
+
+
+def on_shards(s: Mapping[str, float]) -> str:
+    """How the data lies, in words."""
     text = f"shards of {s['size_min']:.0f} to {s['size_max']:.0f} examples, median {s['size_median']:.0f}"
     if "total_variation" not in s:
         return text
