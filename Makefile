@@ -2,7 +2,9 @@
 .DEFAULT_GOAL := help
 PYTHON ?= python3
 BIN := .venv/bin
-PROTOC := -I shoal/protos=protos --python_out=.types --mypy_out=quiet:.types shoal/protos/fleet.proto
+DEMO := fedavg,fedprox:mu=0.1,fedadam:server_lr=0.01,scaffold
+PROTOC := -I shoal/protos=protos --python_out=.types --mypy_out=quiet:.types \
+	--grpc_python_out=.types --mypy_grpc_out=quiet:.types shoal/protos/fleet.proto
 
 .PHONY: help demo test check protos bench clean
 
@@ -18,8 +20,8 @@ help: ## show this
 	$(BIN)/pip install -q --disable-pip-version-check -e ".[dev]"
 	@touch $@
 
-demo: .venv/.run ## simulate 50 clients on real data, in about a minute
-	$(BIN)/shoal simulate examples/fashion.toml
+demo: .venv/.run ## compare four strategies on real data, in about a minute
+	$(BIN)/shoal compare examples/compare.toml --seeds 3 --strategies $(DEMO)
 
 test: .venv/.dev ## run all tests
 	$(BIN)/pytest -q

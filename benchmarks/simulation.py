@@ -44,8 +44,8 @@ from torch import Tensor, nn
 
 from shoal import Experiment, LocalTraining
 from shoal.client.models import lenet, linear, mlp
+from shoal.client.net import build_module
 from shoal.protos.seeds import stream
-from shoal.simulations.engine import build_module
 from shoal.simulations.federated import ArrayData
 from shoal.strategies.selectors import Selector
 

@@ -6,14 +6,17 @@ optimizer or state dict is built for a client.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from shoal.protos import seeds
 from shoal.protos.errors import ExperimentError, InvalidUpdate
 from shoal.protos.parameters import Entry, Layout, Parameters, Segment
 
-__all__ = ["Net", "layout_of", "load_parameters", "parameters_of", "to_numpy"]
+__all__ = ["Net", "build_module", "layout_of", "load_parameters", "parameters_of", "to_numpy"]
 
 FLOATS = (torch.float32, torch.float64)
 
@@ -71,6 +74,14 @@ def parameters_of(module: nn.Module) -> Parameters[Tensor]:
         values(Segment.COUNTERS, torch.int64),
         frozen=frozen,
     )
+
+
+def build_module(make_model: Callable[[], nn.Module], seed: int, dtype: str) -> nn.Module:
+    """The model with the seed's initial weights, the same in every process; the caller's generator is untouched."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seeds.integer(seed, "model"))
+        module = make_model()
+    return module.to(getattr(torch, dtype))
 
 
 class Net:

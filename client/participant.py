@@ -9,6 +9,7 @@ from __future__ import annotations
 import traceback
 
 import torch
+from torch import Tensor
 
 from shoal.client.client import Client, FitTrainer
 from shoal.client.data import Shard
@@ -31,16 +32,35 @@ class Participant:
     def __init__(self, net: Net, strategy: Strategy, local: LocalTraining, seed: int, client: Client | None = None):
         self.net, self._strategy, self._local, self._seed, self._client = net, strategy, local, seed, client
 
+    def place(self, sent: Sent) -> Sent:
+        """What was sent, on the net's device; at no cost if it is there."""
+        device = self.net.flat.device
+        tensors = {name: tensor.to(device) for name, tensor in sent.tensors.items()}
+        return Sent(sent.parameters.to(device), tensors, sent.settings)
+
     def train(
         self, client: str, round: int, shard: Shard, sent: Sent, carried: Carried, mine: Mine | None
     ) -> tuple[Update, Mine]:
-        """The update, checked, and the client's next state. What the client's code raises comes through."""
+        """The update, checked, and the client's next state. What the client's code raises comes through.
+
+        Arguments may lie on any device; results are on the CPU.
+        """
+        sent, shard = self.place(sent), self._place_shard(shard)
         self._seed_torch(seeds.integer(self._seed, "torch", round, client))
         self.net.restore(carried.buffers, carried.counters)
-        before = self._strategy.init_client(sent.parameters) if mine is None else mine
-        update, after = self._strategy.local(self._trainer(client, round, shard), sent, before)
+        update, after = self._strategy.local(self._trainer(client, round, shard), sent, self._before(sent, mine))
         check_update(update.map(to_numpy), self.net.layout, self._strategy.reply(sent), client, round)
-        return update, after
+        return update.map(Tensor.cpu), {name: tensor.cpu() for name, tensor in after.items()}
+
+    def _before(self, sent: Sent, mine: Mine | None) -> Mine:
+        if mine is None:
+            return self._strategy.init_client(sent.parameters)
+        return {name: tensor.to(self.net.flat.device) for name, tensor in mine.items()}
+
+    def _place_shard(self, shard: Shard) -> Shard:
+        """The examples to train on as the model takes them: token ids stay integers."""
+        device, x = self.net.flat.device, shard.x
+        return Shard(x.to(device, self.net.dtype if x.is_floating_point() else x.dtype), shard.y.to(device))
 
     def _seed_torch(self, seed: int) -> None:
         """For dropout. Not ``torch.manual_seed``, which queues a seed for every device there might ever be."""
@@ -57,10 +77,10 @@ class Participant:
 
     def evaluate(self, shard: Shard, sent: Sent, carried: Carried, mine: Mine | None) -> dict[str, float]:
         """Loss and metrics of the client's own model on a shard."""
-        before = self._strategy.init_client(sent.parameters) if mine is None else mine
-        self.net.flat.copy_(self._strategy.personal(sent, before))
+        sent = self.place(sent)
+        self.net.flat.copy_(self._strategy.personal(sent, self._before(sent, mine)))
         self.net.restore(carried.buffers, carried.counters)
-        return evaluate(self.net, self._local, shard)
+        return evaluate(self.net, self._local, self._place_shard(shard))
 
 
 def failure(error: Exception, client: str, round: int) -> Failure:

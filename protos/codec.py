@@ -1,4 +1,4 @@
-"""The exact wire form of :class:`Task`, :class:`Update` and :class:`Failure`.
+"""The exact wire form of :class:`Task`, :class:`Update`, :class:`Measurement` and :class:`Failure`.
 
 A value becomes a *header* (a protobuf message, see ``fleet.proto``) and a *payload* (the raw little-endian bytes of
 its tensors). Encoding copies no contiguous tensor, decoding returns read-only views on the payload. Bits cross
@@ -37,6 +37,7 @@ from shoal.protos.manifest import (
     at_most,
     check_manifest,
     check_names,
+    hollow,
     known_dtype,
     quote,
     shape_of,
@@ -44,15 +45,15 @@ from shoal.protos.manifest import (
     wire_dtype,
     write_manifest,
 )
-from shoal.protos.messages import Failure, Kind, Setting, Spec, Task, Update
+from shoal.protos.messages import Failure, Kind, Measurement, Setting, Spec, Task, Update
 from shoal.protos.parameters import Entry, Layout, Parameters, Segment, frozen_hash
 
-__all__ = ["decode_failure", "decode_task", "decode_update", "encode"]
+__all__ = ["content_of", "decode_failure", "decode_measurement", "decode_task", "decode_update", "encode"]
 
 DEPTH = 16  # of lists in settings; protobuf gives up at 50
 MODEL = ("trainable", "buffers", "counters")
 
-Value = Task[np.ndarray] | Update[np.ndarray] | Failure
+Value = Task[np.ndarray] | Update[np.ndarray] | Measurement | Failure
 E = TypeVar("E", bound=StrEnum)
 
 
@@ -83,12 +84,30 @@ def decode_task(
     return _read_task(message.task, arrays, limits), message.task.frozen_hash
 
 
+def content_of(header: bytes, *, limits: Limits = LIMITS) -> tuple[str, bytes, int]:
+    """What a header brings (``"update"``, …), and the SHA-256 and length in bytes of its payload."""
+    message = _parse(header, "header", limits)
+    check_manifest(message.manifest, message.manifest.total_bytes, limits)
+    if len(message.manifest.sha256) != 32:
+        raise CodecError(f"the SHA-256 has {len(message.manifest.sha256)} bytes; it must have 32")
+    return str(message.WhichOneof("content")), message.manifest.sha256, message.manifest.total_bytes
+
+
 def decode_update(
-    header: bytes, payload: bytes | memoryview, *, limits: Limits = LIMITS, verify: bool = True
+    header: bytes, payload: bytes | memoryview | None, *, limits: Limits = LIMITS, verify: bool = True
 ) -> Update[np.ndarray]:
-    """The update: well-formed, but not yet compared with the model, which is ``check_update``'s part."""
+    """The update: well-formed, but not yet compared with the model, which is ``check_update``'s part.
+
+    While the payload is still to come (None), the vectors have their dtype and shape but hold no memory, only zeros.
+    """
     message, arrays = _open("update", header, payload, limits, verify)
     return _read_update(message.update, arrays, limits)
+
+
+def decode_measurement(header: bytes, payload: bytes | memoryview = b"", *, limits: Limits = LIMITS) -> Measurement:
+    """The measurement; its payload is empty."""
+    message, arrays = _open("measurement", header, payload, limits, True)
+    return _read_measurement(message.measurement, arrays, limits)
 
 
 def decode_failure(header: bytes, payload: bytes | memoryview = b"", *, limits: Limits = LIMITS) -> Failure:
@@ -97,17 +116,24 @@ def decode_failure(header: bytes, payload: bytes | memoryview = b"", *, limits: 
     return _read_failure(message.failure, arrays)
 
 
-def _open(
-    content: str, header: bytes, payload: bytes | memoryview, limits: Limits, verify: bool
-) -> tuple[wire.Header, Arrays]:
+def _parse(header: bytes, what: str, limits: Limits) -> wire.Header:
     at_most(limits.header, len(header), "bytes in the header")
     try:
-        message = wire.Header.FromString(header)
+        return wire.Header.FromString(header)
     except (DecodeError, ValueError) as error:  # a ValueError where protobuf runs without its C library
-        raise CodecError(f"the header of the {content} is damaged ({error}); send it again") from error
+        raise CodecError(f"the {what} is damaged ({error}); send it again") from error
+
+
+def _open(
+    content: str, header: bytes, payload: bytes | memoryview | None, limits: Limits, verify: bool
+) -> tuple[wire.Header, Arrays]:
+    message = _parse(header, f"header of the {content}", limits)
     found = message.WhichOneof("content")
     if found != content:
         raise CodecError(f"expected a header with {content}, got {found}; run the same version of Shoal on both sides")
+    if payload is None:
+        check_manifest(message.manifest, message.manifest.total_bytes, limits)
+        return message, hollow(message.manifest)
     data = memoryview(payload)
     check_manifest(message.manifest, data.nbytes, limits)
     if verify and hashlib.sha256(data).digest() != message.manifest.sha256:
@@ -119,6 +145,8 @@ def _write(value: Value) -> tuple[wire.Header, Arrays]:
     if isinstance(value, Failure):
         failure = wire.Failure(client=value.client, round=value.round, reason=value.reason, traceback=value.traceback)
         return wire.Header(failure=failure), {}
+    if isinstance(value, Measurement):
+        return wire.Header(measurement=wire.Measurement(metrics=_write_metrics(value.metrics))), {}
     if isinstance(value, Task):
         header, vectors = wire.Header(task=_write_task(value)), {role: getattr(value.model, role) for role in MODEL}
     else:
@@ -137,6 +165,8 @@ def _read(header: wire.Header, arrays: Arrays, limits: Limits) -> Value:
         return _read_task(header.task, arrays, limits)
     if header.HasField("update"):
         return _read_update(header.update, arrays, limits)
+    if header.HasField("measurement"):
+        return _read_measurement(header.measurement, arrays, limits)
     return _read_failure(header.failure, arrays)
 
 
@@ -154,8 +184,6 @@ def _write_task(task: Task[np.ndarray]) -> wire.Task:
             for name, value in task.settings.items()
         ],
         reply=None if task.reply is None else _write_reply(task.reply),
-        nonce=task.nonce,
-        lease=task.lease,
     )
 
 
@@ -164,8 +192,6 @@ def _read_task(task: wire.Task, arrays: Arrays, limits: Limits) -> Task[np.ndarr
     vectors, tensors = _split(arrays, "task", MODEL)
     _check_model(vectors, layout)
     check_names((s.name for s in task.settings), "setting", limits)
-    if not 0 <= task.lease < math.inf:
-        raise CodecError(f"the task's lease is {task.lease}; it must be a finite number of seconds >= 0")
     return Task(
         _member(Kind, task.kind, "the task's kind"),
         task.round,
@@ -174,8 +200,6 @@ def _read_task(task: wire.Task, arrays: Arrays, limits: Limits) -> Task[np.ndarr
         tensors,
         {s.name: _read_setting(s.value, f"setting {quote(s.name)}") for s in task.settings},
         _read_reply(task.reply, limits) if task.HasField("reply") else None,
-        task.nonce,
-        task.lease,
     )
 
 
@@ -238,16 +262,23 @@ def _write_update(update: Update[np.ndarray]) -> wire.Update:
         examples=_write_number(update.examples, "examples"),
         steps=_write_number(update.steps, "steps"),
         lr_sum=_write_number(update.lr_sum, "lr_sum"),
-        metrics=[
-            wire.Metric(name=name, value=_write_number(value, f"metric {quote(name)}"))
-            for name, value in update.metrics.items()
-        ],
+        metrics=_write_metrics(update.metrics),
     )
+
+
+def _write_metrics(metrics: Mapping[str, float]) -> list[wire.Metric]:
+    return [
+        wire.Metric(name=name, value=_write_number(value, f"metric {quote(name)}")) for name, value in metrics.items()
+    ]
+
+
+def _read_metrics(metrics: Sequence[wire.Metric], limits: Limits) -> dict[str, float]:
+    check_names((m.name for m in metrics), "metric", limits)
+    return {m.name: _read_number(m.value, f"metric {quote(m.name)}") for m in metrics}
 
 
 def _read_update(update: wire.Update, arrays: Arrays, limits: Limits) -> Update[np.ndarray]:
     vectors, tensors = _split(arrays, "update", ("delta",), ("buffers", "counters"))
-    check_names((m.name for m in update.metrics), "metric", limits)
     return Update(
         vectors["delta"],
         _read_number(update.examples, "examples"),
@@ -256,13 +287,22 @@ def _read_update(update: wire.Update, arrays: Arrays, limits: Limits) -> Update[
         tensors,
         vectors.get("buffers"),
         vectors.get("counters"),
-        {m.name: _read_number(m.value, f"metric {quote(m.name)}") for m in update.metrics},
+        _read_metrics(update.metrics, limits),
     )
 
 
-def _read_failure(failure: wire.Failure, arrays: Arrays) -> Failure:
+def _read_measurement(measurement: wire.Measurement, arrays: Arrays, limits: Limits) -> Measurement:
+    _without_tensors(arrays, "measurement")
+    return Measurement(_read_metrics(measurement.metrics, limits))
+
+
+def _without_tensors(arrays: Arrays, what: str) -> None:
     if arrays:
-        raise CodecError(f"the failure brings tensor {quote(next(iter(arrays))[1])}; a failure has none")
+        raise CodecError(f"the {what} brings tensor {quote(next(iter(arrays))[1])}; a {what} has none")
+
+
+def _read_failure(failure: wire.Failure, arrays: Arrays) -> Failure:
+    _without_tensors(arrays, "failure")
     return Failure(failure.client, failure.round, failure.reason, failure.traceback)
 
 

@@ -8,6 +8,8 @@
     ├── InvalidUpdate       what a client returned must not be counted
     ├── RoundError          a round could not be completed (quorum)
     ├── CodecError          bytes that are no message of this protocol
+    ├── ConnectionRefused   the other side cannot be reached, or says no
+    │   └── NotAllowed      a server asks for code that the client's owner did not allow
     └── RunError            a run folder or a checkpoint is missing or damaged
 
 Every message is one sentence that says what is wrong, where, and what to do about it.
@@ -20,9 +22,11 @@ from collections.abc import Iterable
 
 __all__ = [
     "CodecError",
+    "ConnectionRefused",
     "DataError",
     "ExperimentError",
     "InvalidUpdate",
+    "NotAllowed",
     "RoundError",
     "RunError",
     "ShoalError",
@@ -52,6 +56,14 @@ class RoundError(ShoalError):
 
 class CodecError(ShoalError):
     """Bytes that are no message of this protocol."""
+
+
+class ConnectionRefused(ShoalError):
+    """The other side cannot be reached or refuses to talk; trying again without a change will not help."""
+
+
+class NotAllowed(ConnectionRefused):
+    """A server asks for code that the client's owner did not allow."""
 
 
 class RunError(ShoalError):

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from shoal.protos.errors import ExperimentError, nearest
 
-__all__ = ["Component", "Evaluation", "ExperimentFile", "parse", "read"]
+__all__ = ["Component", "Evaluation", "ExperimentFile", "override", "parse", "read"]
 
 
 class Component(BaseModel):
@@ -54,7 +54,7 @@ class ExperimentFile(BaseModel):
     rounds: Annotated[int, Ge(1)]
     cohort: Annotated[int, Ge(1)]
     seed: Annotated[int, Ge(0)] = 0
-    data: Component
+    data: Component | None = None
     model: Component
     local: dict[str, Any] = Field(default_factory=dict)
     strategy: Component = Component(name="fedavg")
@@ -83,8 +83,8 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentFile:
         raise ExperimentError(f"{str(path)!r} cannot be read: {error}") from error
     except tomllib.TOMLDecodeError as error:
         raise ExperimentError(f"{str(path)!r} is not valid TOML: {error}") from error
-    for override in overrides:
-        _apply(content, override)
+    for change in overrides:
+        override(content, change)
     return parse(content)
 
 
@@ -109,18 +109,19 @@ def _explain(error: ValidationError) -> str:
     return f"key {key!r} is {first['input']!r}: {message[0].lower()}{message[1:]}"
 
 
-def _apply(content: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
+def override(content: dict[str, Any], change: str) -> None:
+    """Apply one ``key=value``, dotted as in the file; ExperimentError if it is none or does not fit."""
+    key, equals, text = change.partition("=")
     steps = key.strip().split(".")
     if not equals or not all(steps):
-        raise ExperimentError(f"override {override!r} is not of the form key=value, for example strategy.mu=0.1")
+        raise ExperimentError(f"override {change!r} is not of the form key=value, for example strategy.mu=0.1")
     table = content
     for step in steps[:-1]:
         inner = table.setdefault(step, {})
         # strategy = "fedavg" in the file, strategy.mu=0.1 here: the short form stands for {name = "fedavg"}.
         table[step] = {"name": inner} if isinstance(inner, str) else inner
         if not isinstance(table[step], dict):
-            raise ExperimentError(f"override {override!r}: {step!r} is {inner!r}, not a table")
+            raise ExperimentError(f"override {change!r}: {step!r} is {inner!r}, not a table")
         table = table[step]
     table[steps[-1]] = _value(text.strip())
 

@@ -3,15 +3,30 @@
 isort:skip_file
 What crosses between a Shoal server and its clients.
 
+A client dials out and keeps one Connect call open; through it the server offers tasks. Tensors move beside it, in
+chunks, and can go on where they stopped:
+
+    client                                     server
+    Connect: Hello ──────────────────────────▶
+                       ◀────────────────────── Welcome, then an Offer for each task
+    Download (the assignment, the model) ────▶
+                       ◀────────────────────── Chunk, Chunk, …
+    Begin (the answer's header) ─────────────▶ checks every claim; says from which byte to go on
+    Upload: Chunk, Chunk, … ─────────────────▶
+    Commit ──────────────────────────────────▶
+                       ◀────────────────────── Receipt
+
 A value crosses in two parts: a Header (this protobuf message, small) and a payload (the raw bytes of its tensors,
 little-endian, one behind the other, described by the header's Manifest). A receiver checks the whole header before
-it touches the payload. Fields are never renumbered or reused; an unknown field is ignored.
+it touches the payload. Fields are never renumbered or reused; an unknown field is ignored. Errors are gRPC status
+codes whose message says what is wrong and what to do.
 """
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -24,6 +39,584 @@ else:
 DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
+class ConnectRequest(_message.Message):
+    """From client to server, in Connect."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HELLO_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def hello(self) -> Global___Hello:
+        """The first message, and no other."""
+
+    @_builtins.property
+    def heartbeat(self) -> Global___Heartbeat:
+        """Sent as often as the Welcome says."""
+
+    def __init__(
+        self,
+        *,
+        hello: Global___Hello | None = ...,
+        heartbeat: Global___Heartbeat | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "heartbeat", b"heartbeat", "hello", b"hello"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "heartbeat", b"heartbeat", "hello", b"hello"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_content: _TypeAlias = _typing.Literal["hello", "heartbeat"]  # noqa: Y015
+    _WhichOneofArgType_content: _TypeAlias = _typing.Literal["content", b"content"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_content) -> _WhichOneofReturnType_content | None: ...
+
+Global___ConnectRequest: _TypeAlias = ConnectRequest  # noqa: Y015
+
+@_typing.final
+class Hello(_message.Message):
+    """Who calls."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSIONS_FIELD_NUMBER: _builtins.int
+    SOFTWARE_FIELD_NUMBER: _builtins.int
+    CAPABILITIES_FIELD_NUMBER: _builtins.int
+    CLIENT_FIELD_NUMBER: _builtins.int
+    INSTANCE_FIELD_NUMBER: _builtins.int
+    software: _builtins.str
+    """For people: "shoal 0.1.0"."""
+    client: _builtins.str
+    """The client's name, unique among those of a server."""
+    instance: _builtins.str
+    """Chosen at random by each process: tells a client that came back from another one with its name."""
+    @_builtins.property
+    def versions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The versions of this protocol that the client speaks; the server chooses one."""
+
+    @_builtins.property
+    def capabilities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What the client can do beyond the version's minimum; both sides use what both name."""
+
+    def __init__(
+        self,
+        *,
+        versions: _abc.Iterable[_builtins.int] | None = ...,
+        software: _builtins.str = ...,
+        capabilities: _abc.Iterable[_builtins.str] | None = ...,
+        client: _builtins.str = ...,
+        instance: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "client", b"client", "instance", b"instance", "software", b"software", "versions", b"versions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Hello: _TypeAlias = Hello  # noqa: Y015
+
+@_typing.final
+class Heartbeat(_message.Message):
+    """"I am here." """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NONCE_FIELD_NUMBER: _builtins.int
+    nonce: _builtins.str
+    """From a client: the task it is at work on; empty if it is idle. From the server: empty."""
+    def __init__(
+        self,
+        *,
+        nonce: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["nonce", b"nonce"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Heartbeat: _TypeAlias = Heartbeat  # noqa: Y015
+
+@_typing.final
+class ConnectReply(_message.Message):
+    """From server to client, in Connect."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WELCOME_FIELD_NUMBER: _builtins.int
+    OFFER_FIELD_NUMBER: _builtins.int
+    WITHDRAWAL_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    GOODBYE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def welcome(self) -> Global___Welcome:
+        """The first message, and no other."""
+
+    @_builtins.property
+    def offer(self) -> Global___Offer:
+        """A task. Offered again after a reconnect until it is answered."""
+
+    @_builtins.property
+    def withdrawal(self) -> Global___Withdrawal:
+        """A task that needs no answer any more."""
+
+    @_builtins.property
+    def heartbeat(self) -> Global___Heartbeat:
+        """The answer to a Heartbeat."""
+
+    @_builtins.property
+    def goodbye(self) -> Global___Goodbye:
+        """The last message."""
+
+    def __init__(
+        self,
+        *,
+        welcome: Global___Welcome | None = ...,
+        offer: Global___Offer | None = ...,
+        withdrawal: Global___Withdrawal | None = ...,
+        heartbeat: Global___Heartbeat | None = ...,
+        goodbye: Global___Goodbye | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "goodbye", b"goodbye", "heartbeat", b"heartbeat", "offer", b"offer", "welcome", b"welcome", "withdrawal", b"withdrawal"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "goodbye", b"goodbye", "heartbeat", b"heartbeat", "offer", b"offer", "welcome", b"welcome", "withdrawal", b"withdrawal"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_content: _TypeAlias = _typing.Literal["welcome", "offer", "withdrawal", "heartbeat", "goodbye"]  # noqa: Y015
+    _WhichOneofArgType_content: _TypeAlias = _typing.Literal["content", b"content"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_content) -> _WhichOneofReturnType_content | None: ...
+
+Global___ConnectReply: _TypeAlias = ConnectReply  # noqa: Y015
+
+@_typing.final
+class Welcome(_message.Message):
+    """The client is accepted."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    SOFTWARE_FIELD_NUMBER: _builtins.int
+    CAPABILITIES_FIELD_NUMBER: _builtins.int
+    SESSION_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
+    version: _builtins.int
+    """The protocol version that both use."""
+    software: _builtins.str
+    """For people: "shoal 0.1.0"."""
+    session: _builtins.str
+    """Names this connection in the other calls; a secret."""
+    heartbeat: _builtins.float
+    """Seconds between two Heartbeats of the client."""
+    @_builtins.property
+    def capabilities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What both sides can do beyond the version's minimum."""
+
+    def __init__(
+        self,
+        *,
+        version: _builtins.int = ...,
+        software: _builtins.str = ...,
+        capabilities: _abc.Iterable[_builtins.str] | None = ...,
+        session: _builtins.str = ...,
+        heartbeat: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "heartbeat", b"heartbeat", "session", b"session", "software", b"software", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Welcome: _TypeAlias = Welcome  # noqa: Y015
+
+@_typing.final
+class Offer(_message.Message):
+    """One task for one client."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NONCE_FIELD_NUMBER: _builtins.int
+    LEASE_FIELD_NUMBER: _builtins.int
+    RUN_FIELD_NUMBER: _builtins.int
+    ASSIGNMENT_FIELD_NUMBER: _builtins.int
+    COUNTED_FIELD_NUMBER: _builtins.int
+    HEADER_FIELD_NUMBER: _builtins.int
+    nonce: _builtins.str
+    """Names this task among all others, chosen by the server at random; the answer repeats it."""
+    lease: _builtins.float
+    """Seconds without a sign of the client after which the server goes on without it."""
+    run: _builtins.str
+    """The run that the task belongs to; a client keeps a state for each."""
+    counted: _builtins.int
+    """The last round in which an update of this client was counted; 0 if none was. The state that the client kept with
+    that update is the one that is true now.
+    """
+    header: _builtins.bytes
+    """A serialised Header with a Task; its payload is to be fetched with Download, by the manifest's sha256."""
+    @_builtins.property
+    def assignment(self) -> Global___Content:
+        """The run's assignment: JSON that says which strategy, local training and model, to be fetched with Download."""
+
+    def __init__(
+        self,
+        *,
+        nonce: _builtins.str = ...,
+        lease: _builtins.float = ...,
+        run: _builtins.str = ...,
+        assignment: Global___Content | None = ...,
+        counted: _builtins.int = ...,
+        header: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment", "counted", b"counted", "header", b"header", "lease", b"lease", "nonce", b"nonce", "run", b"run"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Offer: _TypeAlias = Offer  # noqa: Y015
+
+@_typing.final
+class Content(_message.Message):
+    """Bytes that can be fetched with Download."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHA256_FIELD_NUMBER: _builtins.int
+    TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    sha256: _builtins.bytes
+    """Their SHA-256, 32 bytes."""
+    total_bytes: _builtins.int
+    """How many they are."""
+    def __init__(
+        self,
+        *,
+        sha256: _builtins.bytes = ...,
+        total_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["sha256", b"sha256", "total_bytes", b"total_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Content: _TypeAlias = Content  # noqa: Y015
+
+@_typing.final
+class Withdrawal(_message.Message):
+    """A task is over for this client."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NONCE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    nonce: _builtins.str
+    """The task."""
+    reason: _builtins.str
+    """Why, in one sentence."""
+    def __init__(
+        self,
+        *,
+        nonce: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["nonce", b"nonce", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Withdrawal: _TypeAlias = Withdrawal  # noqa: Y015
+
+@_typing.final
+class Goodbye(_message.Message):
+    """The server closes the connection."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Advice:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _AdviceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Goodbye._Advice.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        COME_BACK: Goodbye._Advice.ValueType  # 0
+        """The server stops and may be started again: call again."""
+        FINISHED: Goodbye._Advice.ValueType  # 1
+        """All runs are finished. Another server may follow at this address."""
+        REPLACED: Goodbye._Advice.ValueType  # 2
+        """Another process has this client's name now: do not call again."""
+
+    class Advice(_Advice, metaclass=_AdviceEnumTypeWrapper):
+        """What the client should do: come back later, or not."""
+
+    COME_BACK: Goodbye.Advice.ValueType  # 0
+    """The server stops and may be started again: call again."""
+    FINISHED: Goodbye.Advice.ValueType  # 1
+    """All runs are finished. Another server may follow at this address."""
+    REPLACED: Goodbye.Advice.ValueType  # 2
+    """Another process has this client's name now: do not call again."""
+
+    REASON_FIELD_NUMBER: _builtins.int
+    ADVICE_FIELD_NUMBER: _builtins.int
+    reason: _builtins.str
+    """Why, in one sentence."""
+    advice: Global___Goodbye.Advice.ValueType
+    """See there."""
+    def __init__(
+        self,
+        *,
+        reason: _builtins.str = ...,
+        advice: Global___Goodbye.Advice.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["advice", b"advice", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Goodbye: _TypeAlias = Goodbye  # noqa: Y015
+
+@_typing.final
+class DownloadRequest(_message.Message):
+    """Asks for bytes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_FIELD_NUMBER: _builtins.int
+    SHA256_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    session: _builtins.str
+    """From the Welcome."""
+    sha256: _builtins.bytes
+    """Of the bytes that are wanted, 32 bytes."""
+    offset: _builtins.int
+    """The first byte that is still missing."""
+    def __init__(
+        self,
+        *,
+        session: _builtins.str = ...,
+        sha256: _builtins.bytes = ...,
+        offset: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["offset", b"offset", "session", b"session", "sha256", b"sha256"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DownloadRequest: _TypeAlias = DownloadRequest  # noqa: Y015
+
+@_typing.final
+class Chunk(_message.Message):
+    """A piece of a payload, about 1 MiB."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OFFSET_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    CRC32_FIELD_NUMBER: _builtins.int
+    offset: _builtins.int
+    """Where it begins in the payload."""
+    data: _builtins.bytes
+    """Its bytes."""
+    crc32: _builtins.int
+    """CRC-32 of its bytes (as zlib computes it): a damaged chunk is found at once and only it is sent again."""
+    def __init__(
+        self,
+        *,
+        offset: _builtins.int = ...,
+        data: _builtins.bytes = ...,
+        crc32: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["crc32", b"crc32", "data", b"data", "offset", b"offset"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Chunk: _TypeAlias = Chunk  # noqa: Y015
+
+@_typing.final
+class BeginRequest(_message.Message):
+    """Announces an answer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_FIELD_NUMBER: _builtins.int
+    NONCE_FIELD_NUMBER: _builtins.int
+    HEADER_FIELD_NUMBER: _builtins.int
+    session: _builtins.str
+    """From the Welcome."""
+    nonce: _builtins.str
+    """The task."""
+    header: _builtins.bytes
+    """A serialised Header with an Update, a Measurement or a Failure."""
+    def __init__(
+        self,
+        *,
+        session: _builtins.str = ...,
+        nonce: _builtins.str = ...,
+        header: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["header", b"header", "nonce", b"nonce", "session", b"session"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BeginRequest: _TypeAlias = BeginRequest  # noqa: Y015
+
+@_typing.final
+class BeginReply(_message.Message):
+    """The answer may come."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OFFSET_FIELD_NUMBER: _builtins.int
+    offset: _builtins.int
+    """How many bytes of its payload are here already."""
+    def __init__(
+        self,
+        *,
+        offset: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["offset", b"offset"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BeginReply: _TypeAlias = BeginReply  # noqa: Y015
+
+@_typing.final
+class UploadRequest(_message.Message):
+    """A piece of an answer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_FIELD_NUMBER: _builtins.int
+    NONCE_FIELD_NUMBER: _builtins.int
+    CHUNK_FIELD_NUMBER: _builtins.int
+    session: _builtins.str
+    """From the Welcome; may be left out after the first message of a call."""
+    nonce: _builtins.str
+    """The task; may be left out after the first message of a call."""
+    @_builtins.property
+    def chunk(self) -> Global___Chunk:
+        """The piece. Pieces follow one another without gaps."""
+
+    def __init__(
+        self,
+        *,
+        session: _builtins.str = ...,
+        nonce: _builtins.str = ...,
+        chunk: Global___Chunk | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "nonce", b"nonce", "session", b"session"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UploadRequest: _TypeAlias = UploadRequest  # noqa: Y015
+
+@_typing.final
+class UploadReply(_message.Message):
+    """What has arrived."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OFFSET_FIELD_NUMBER: _builtins.int
+    offset: _builtins.int
+    """How many bytes of the payload are here now."""
+    def __init__(
+        self,
+        *,
+        offset: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["offset", b"offset"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UploadReply: _TypeAlias = UploadReply  # noqa: Y015
+
+@_typing.final
+class CommitRequest(_message.Message):
+    """Asks for the receipt."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_FIELD_NUMBER: _builtins.int
+    NONCE_FIELD_NUMBER: _builtins.int
+    session: _builtins.str
+    """From the Welcome."""
+    nonce: _builtins.str
+    """The task."""
+    def __init__(
+        self,
+        *,
+        session: _builtins.str = ...,
+        nonce: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["nonce", b"nonce", "session", b"session"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CommitRequest: _TypeAlias = CommitRequest  # noqa: Y015
+
+@_typing.final
+class Receipt(_message.Message):
+    """What became of an answer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Status:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _StatusEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Receipt._Status.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        UNKNOWN: Receipt._Status.ValueType  # 0
+        """Never sent."""
+        ACCEPTED: Receipt._Status.ValueType  # 1
+        """Taken; it will be in the round's sum if it is among the first that the round needs."""
+        DUPLICATE: Receipt._Status.ValueType  # 2
+        """Taken before: this is the same receipt again."""
+        REJECTED: Receipt._Status.ValueType  # 3
+        """Not taken, and will not be; the reason says what was wrong."""
+
+    class Status(_Status, metaclass=_StatusEnumTypeWrapper):
+        """What became of it."""
+
+    UNKNOWN: Receipt.Status.ValueType  # 0
+    """Never sent."""
+    ACCEPTED: Receipt.Status.ValueType  # 1
+    """Taken; it will be in the round's sum if it is among the first that the round needs."""
+    DUPLICATE: Receipt.Status.ValueType  # 2
+    """Taken before: this is the same receipt again."""
+    REJECTED: Receipt.Status.ValueType  # 3
+    """Not taken, and will not be; the reason says what was wrong."""
+
+    STATUS_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    status: Global___Receipt.Status.ValueType
+    """See there."""
+    reason: _builtins.str
+    """Why it was rejected, in one sentence; else empty."""
+    def __init__(
+        self,
+        *,
+        status: Global___Receipt.Status.ValueType = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "status", b"status"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Receipt: _TypeAlias = Receipt  # noqa: Y015
+
+@_typing.final
 class Header(_message.Message):
     """Everything but the tensors' bytes."""
 
@@ -33,6 +626,7 @@ class Header(_message.Message):
     TASK_FIELD_NUMBER: _builtins.int
     UPDATE_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
+    MEASUREMENT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def manifest(self) -> Global___Manifest:
         """What the payload holds."""
@@ -47,7 +641,11 @@ class Header(_message.Message):
 
     @_builtins.property
     def failure(self) -> Global___Failure:
-        """Client to server: why there is no update."""
+        """Client to server: why there is no answer."""
+
+    @_builtins.property
+    def measurement(self) -> Global___Measurement:
+        """Client to server: what an evaluation gave."""
 
     def __init__(
         self,
@@ -56,12 +654,13 @@ class Header(_message.Message):
         task: Global___Task | None = ...,
         update: Global___Update | None = ...,
         failure: Global___Failure | None = ...,
+        measurement: Global___Measurement | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "failure", b"failure", "manifest", b"manifest", "task", b"task", "update", b"update"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "failure", b"failure", "manifest", b"manifest", "measurement", b"measurement", "task", b"task", "update", b"update"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "failure", b"failure", "manifest", b"manifest", "task", b"task", "update", b"update"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "failure", b"failure", "manifest", b"manifest", "measurement", b"measurement", "task", b"task", "update", b"update"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_content: _TypeAlias = _typing.Literal["task", "update", "failure"]  # noqa: Y015
+    _WhichOneofReturnType_content: _TypeAlias = _typing.Literal["task", "update", "failure", "measurement"]  # noqa: Y015
     _WhichOneofArgType_content: _TypeAlias = _typing.Literal["content", b"content"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_content) -> _WhichOneofReturnType_content | None: ...
 
@@ -163,8 +762,6 @@ class Task(_message.Message):
     FROZEN_HASH_FIELD_NUMBER: _builtins.int
     SETTINGS_FIELD_NUMBER: _builtins.int
     REPLY_FIELD_NUMBER: _builtins.int
-    NONCE_FIELD_NUMBER: _builtins.int
-    LEASE_FIELD_NUMBER: _builtins.int
     kind: _builtins.str
     """"train", "evaluate", "probe" or "phase"."""
     round: _builtins.int
@@ -175,10 +772,6 @@ class Task(_message.Message):
     """SHA-256 (hexadecimal) over the layout; guards against two versions that read it differently."""
     frozen_hash: _builtins.str
     """SHA-256 (hexadecimal) over the values of the frozen tensors; empty if there are none."""
-    nonce: _builtins.str
-    """Names this task among all others; the answer repeats it."""
-    lease: _builtins.float
-    """Seconds without progress after which the task is given to somebody else."""
     @_builtins.property
     def layout(self) -> _containers.RepeatedCompositeFieldContainer[Global___Entry]:
         """Every tensor of the model in order. Local and frozen ones are listed but have no bytes in the payload: a local
@@ -204,12 +797,10 @@ class Task(_message.Message):
         frozen_hash: _builtins.str = ...,
         settings: _abc.Iterable[Global___NamedSetting] | None = ...,
         reply: Global___Reply | None = ...,
-        nonce: _builtins.str = ...,
-        lease: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["reply", b"reply"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["frozen_hash", b"frozen_hash", "kind", b"kind", "layout", b"layout", "layout_hash", b"layout_hash", "lease", b"lease", "nonce", b"nonce", "reply", b"reply", "round", b"round", "settings", b"settings", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["frozen_hash", b"frozen_hash", "kind", b"kind", "layout", b"layout", "layout_hash", b"layout_hash", "reply", b"reply", "round", b"round", "settings", b"settings", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -350,6 +941,30 @@ class Update(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Update: _TypeAlias = Update  # noqa: Y015
+
+@_typing.final
+class Measurement(_message.Message):
+    """What a client measured on its own held-out examples; nothing if it holds out none. Its payload is empty."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    METRICS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def metrics(self) -> _containers.RepeatedCompositeFieldContainer[Global___Metric]:
+        """Names are unique; "examples" says how many there were."""
+
+    def __init__(
+        self,
+        *,
+        metrics: _abc.Iterable[Global___Metric] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["metrics", b"metrics"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Measurement: _TypeAlias = Measurement  # noqa: Y015
 
 @_typing.final
 class Failure(_message.Message):

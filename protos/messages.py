@@ -20,7 +20,7 @@ import numpy as np
 from shoal.protos.errors import InvalidUpdate
 from shoal.protos.parameters import Layout, Parameters, Segment
 
-__all__ = ["Failure", "Kind", "Sent", "Setting", "Spec", "Task", "Update", "check_update"]
+__all__ = ["Failure", "Kind", "Measurement", "Sent", "Setting", "Spec", "Task", "Update", "check_update"]
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -58,9 +58,10 @@ class Sent(Generic[A]):
 
 @dataclass(frozen=True)
 class Task(Generic[A]):
-    """Server to client. ``version`` is the round whose result the model is, ``lease`` seconds without progress.
+    """Server to client. ``version`` is the round whose result the model is.
 
-    ``reply`` declares the tensors the answer must bring; None means: as sent.
+    ``reply`` declares the tensors the answer must bring; None means: as sent. Clients that are asked the same get the
+    same task: what is one client's own (a nonce, a lease) stands in the offer that carries it.
     """
 
     kind: Kind
@@ -70,8 +71,6 @@ class Task(Generic[A]):
     tensors: Mapping[str, A] = field(default_factory=dict)
     settings: Mapping[str, Setting] = field(default_factory=dict)
     reply: Mapping[str, Spec] | None = None
-    nonce: str = ""
-    lease: float = 0.0
 
     @property
     def sent(self) -> Sent[A]:
@@ -112,6 +111,13 @@ class Update(Generic[A]):
 
 
 @dataclass(frozen=True)
+class Measurement:
+    """Client to server, after an evaluation on its own held-out examples; no metrics if it holds out none."""
+
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Failure:
     """A client that did not deliver: why, in one sentence, and its own traceback where its code raised."""
 
@@ -122,14 +128,42 @@ class Failure:
 
 
 def check_update(
-    update: Update[np.ndarray], layout: Layout, tensors: Mapping[str, Spec] = NOTHING, client: str = "", round: int = 0
+    update: Update[np.ndarray],
+    layout: Layout,
+    tensors: Mapping[str, Spec] = NOTHING,
+    client: str = "",
+    round: int = 0,
+    *,
+    values: bool = True,
 ) -> None:
     """Raise :class:`InvalidUpdate` unless the update may be counted.
 
     Checks the number of examples and steps, then name, shape, dtype and finiteness of each vector against the layout
-    and the declared ``tensors``.
+    and the declared ``tensors``. Without ``values`` nothing is said of finiteness: for vectors still to come.
     """
     where = f"the update of client {client!r} in round {round}" if client else "the update"
+    _check_numbers(update, where)
+    vectors = {"delta": (update.delta, Spec(layout.dtype, (layout.size(Segment.TRAINABLE),)))}
+    for name, segment, vector in (
+        ("buffers", Segment.BUFFERS, update.buffers),
+        ("counters", Segment.COUNTERS, update.counters),
+    ):
+        size = layout.size(segment)
+        if (vector is None) != (size == 0):
+            raise InvalidUpdate(f"{where} has {'no' if vector is None else 'unexpected'} {name}; the model has {size}")
+        if vector is not None:
+            dtype = "int64" if segment is Segment.COUNTERS else layout.dtype
+            vectors[name] = (vector, Spec(dtype, (size,)))
+    if update.tensors.keys() != tensors.keys():
+        raise InvalidUpdate(f"{where} brings tensors {sorted(update.tensors)}, but {sorted(tensors)} are declared")
+    found = [*vectors.items(), *((name, (update.tensors[name], spec)) for name, spec in tensors.items())]
+    for name, (vector, spec) in found:
+        _check_form(vector, spec, name, where)
+    for name, (vector, _) in found if values else ():
+        _check_finite(vector, name, where, layout)
+
+
+def _check_numbers(update: Update[Any], where: str) -> None:
     for name, number, most in (
         ("examples", update.examples, MOST),
         ("steps", update.steps, MOST),
@@ -140,29 +174,17 @@ def check_update(
     for name, number in update.metrics.items():
         if not math.isfinite(number):
             raise InvalidUpdate(f"{where} reports {name}={number!r}: {DIVERGED}")
-    _check_vector(update.delta, Spec(layout.dtype, (layout.size(Segment.TRAINABLE),)), "delta", where, layout)
-    for name, segment, vector in (
-        ("buffers", Segment.BUFFERS, update.buffers),
-        ("counters", Segment.COUNTERS, update.counters),
-    ):
-        size = layout.size(segment)
-        if (vector is None) != (size == 0):
-            raise InvalidUpdate(f"{where} has {'no' if vector is None else 'unexpected'} {name}; the model has {size}")
-        if vector is not None:
-            dtype = "int64" if segment is Segment.COUNTERS else layout.dtype
-            _check_vector(vector, Spec(dtype, (size,)), name, where, layout)
-    if update.tensors.keys() != tensors.keys():
-        raise InvalidUpdate(f"{where} brings tensors {sorted(update.tensors)}, but {sorted(tensors)} are declared")
-    for name, spec in tensors.items():
-        _check_vector(update.tensors[name], spec, name, where, layout)
 
 
-def _check_vector(vector: np.ndarray, spec: Spec, name: str, where: str, layout: Layout) -> None:
+def _check_form(vector: np.ndarray, spec: Spec, name: str, where: str) -> None:
     if vector.shape != spec.shape or vector.dtype != np.dtype(spec.dtype):
         raise InvalidUpdate(
             f"{where} has {name} of {vector.dtype}{list(vector.shape)}, expected {spec.dtype}{list(spec.shape)}; "
             f"build the same model on the client"
         )
+
+
+def _check_finite(vector: np.ndarray, name: str, where: str, layout: Layout) -> None:
     if vector.dtype.kind == "f" and not np.isfinite(vector).all():
         index = int(np.flatnonzero(~np.isfinite(vector.ravel()))[0])
         segment = Segment.BUFFERS if name == "buffers" else Segment.TRAINABLE

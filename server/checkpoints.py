@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from safetensors.numpy import load, save
 from torch import Tensor
 
 from shoal.protos.errors import RunError
+from shoal.protos.files import sync_folder, write_synced
 from shoal.protos.parameters import Entry, Layout, Parameters, Segment
 from shoal.strategies.base import Mine, State, vector
 from shoal.strategies.sums import Carried
@@ -54,11 +54,11 @@ def write(folder: Path, checkpoint: Checkpoint, keep: int = 2) -> None:
     tensors, numbers = _flatten(checkpoint)
     payload = save({name: tensor.cpu().contiguous().numpy() for name, tensor in tensors.items()})
     numbers["sha256"] = hashlib.sha256(payload).hexdigest()
-    _write_synced(aside / "tensors.safetensors", payload)
-    _write_synced(aside / "state.json", json.dumps(numbers).encode())
+    write_synced(aside / "tensors.safetensors", [payload])
+    write_synced(aside / "state.json", [json.dumps(numbers).encode()])
     shutil.rmtree(final, ignore_errors=True)
     aside.rename(final)
-    _sync_folder(folder)
+    sync_folder(folder)
     for old in _newest_first(folder)[keep:]:
         shutil.rmtree(old)
 
@@ -120,19 +120,3 @@ def _read(path: Path) -> Checkpoint:
 
 def _key(*path: str) -> str:
     return json.dumps(path)
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":  # elsewhere a folder cannot be opened for syncing
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -149,8 +149,7 @@ class Coordinator:
         """The sum of what the fleet answers; RoundError if too few do."""
         total, reports, failures = LeafSum(), list[Report](), list[Failure]()
         for part in self._fleet.train(ask):
-            if part.total is not None:
-                total.add(part.position, part.total)
+            total.add(part.position, part.total, len(part.reports) + len(part.failures))
             reports += part.reports
             failures += part.failures
             for failure in part.failures:
@@ -174,7 +173,9 @@ class Coordinator:
         plan, population = self.plan, self._fleet.population
         asked = min(len(population), math.ceil(plan.cohort * plan.over_select - ROUNDING))
         rng = seeds.stream(plan.seed, "cohort", number)
-        cohort = self._selector.select(self.point.selector, population, asked, number, rng)
+        reachable = self._fleet.reachable  # too few of them: the others are asked too, and may come back in time
+        choice = reachable if len(reachable) >= asked else population
+        cohort = self._selector.select(self.point.selector, choice, asked, number, rng)
         if len(set(cohort)) != len(cohort) or not cohort:
             raise RoundError(f"the selector chose {len(cohort)} clients for round {number}, not all different, or none")
         context = Context(number, len(population), len(cohort))
@@ -186,7 +187,7 @@ class Coordinator:
         if self._evaluate is not None and _due(number, plan.evaluate_every, plan.rounds):
             line |= self._evaluation(self._evaluate, point)
         if _due(number, plan.evaluate_clients_every, plan.rounds):
-            everyone = self._fleet.population
+            everyone = self._fleet.reachable
             ask = replace(ask, cohort=everyone, goal=len(everyone), state=point.state, carried=point.carried)
             for answer in self._fleet.evaluate(ask):
                 if isinstance(answer, Failure):

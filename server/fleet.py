@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
-from shoal.protos.messages import Failure
+from shoal.protos.messages import Failure, Update
 from shoal.strategies.base import Context, Mine, State
 from shoal.strategies.sums import Carried, Contribution
 
@@ -39,6 +39,19 @@ class Report:
     client: str
     numbers: Mapping[str, float]
 
+    @classmethod
+    def of(cls, client: str, update: Update[Any], down: int, up: int) -> Report:
+        """A trained client's line: its work, the bytes of the tensors in its task and its answer, its own metrics."""
+        numbers = {
+            **update.metrics,
+            "examples": float(update.examples),
+            "steps": float(update.steps),
+            "lr_sum": float(update.lr_sum),
+            "bytes_down": float(down),
+            "bytes_up": float(up),
+        }
+        return cls(client, numbers)
+
 
 @dataclass(frozen=True)
 class Part:
@@ -59,6 +72,11 @@ class Fleet(Protocol):
     @property
     def population(self) -> Sequence[str]:
         """All clients known, in a fixed order."""
+        ...
+
+    @property
+    def reachable(self) -> Sequence[str]:
+        """Those of the population that would hear a task now, in the same order."""
         ...
 
     def train(self, ask: Ask) -> Iterator[Part]:

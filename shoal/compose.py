@@ -11,7 +11,7 @@ from torch import Tensor
 
 from shoal.client.data import Shard
 from shoal.client.losses import cross_entropy, loss_named, metric_named
-from shoal.client.net import Net, parameters_of
+from shoal.client.net import Net, build_module, parameters_of
 from shoal.client.participant import evaluate
 from shoal.experiment import Experiment
 from shoal.protos.errors import DataError, ExperimentError, RunError
@@ -20,8 +20,8 @@ from shoal.server.checkpoints import Checkpoint
 from shoal.server.coordinator import Coordinator, Observer, Plan, start
 from shoal.server.fleet import Fleet
 from shoal.simulations.datasets import Dataset
-from shoal.simulations.engine import Assignment, build_module
-from shoal.simulations.federated import ArrayData
+from shoal.simulations.engine import Assignment
+from shoal.simulations.federated import ArrayData, FederatedData
 from shoal.simulations.fleet import SimulatedFleet
 from shoal.simulations.partitioners import describe
 
@@ -34,16 +34,16 @@ class Composition:
     def __init__(self, experiment: Experiment) -> None:
         self.experiment = experiment
         self.data = experiment.data.split(experiment.seed) if isinstance(experiment.data, Dataset) else experiment.data
-        self._check_clients()
         self._client = experiment.make_client()
         self._make_model = experiment.make_model(self.data)
         _check_device(experiment.device)
         module = build_module(self._make_model, experiment.seed, experiment.dtype)
         self._net = Net(module, experiment.device)
         self.initial: Parameters[Tensor] = parameters_of(module).map(Tensor.cpu)
-        output = self._outputs()
-        self._check_labels(output)
-        self._check_loss(output)
+        if self.data is not None:
+            output = self._outputs(self.data)
+            self._check_labels(self.data, output)
+            self._check_loss(self.data, output)
 
     @cached_property
     def shards(self) -> dict[str, float]:
@@ -72,9 +72,10 @@ class Composition:
                 f"use the strategy of that run"
             )
 
-    def fleet(self, workers: int) -> Fleet:
-        """The simulated clients, in worker processes or (0) in this one."""
+    def simulated(self, workers: int) -> Fleet:
+        """The data's clients, played in worker processes or (0) in this one."""
         e = self.experiment
+        assert self.data is not None, "checked by check_simulation"
         assignment = Assignment(
             self._make_model, self.data, e.strategy, e.local, e.seed, e.dtype, e.device, self._client
         )
@@ -97,7 +98,7 @@ class Composition:
         return Coordinator(plan, e.strategy, e.selector, fleet, point, self._evaluation(), observers)
 
     def _evaluation(self) -> Callable[[Parameters[Tensor]], Mapping[str, float]] | None:
-        if self.data.test is None:
+        if self.data is None or self.data.test is None:
             return None
         shard = Shard(self._as_input(self.data.test.x), self.data.test.y.to(self._net.flat.device))
 
@@ -111,8 +112,12 @@ class Composition:
     def _as_input(self, x: Tensor) -> Tensor:
         return x.to(self._net.flat.device, self._net.dtype if x.is_floating_point() else x.dtype)
 
-    def _check_clients(self) -> None:
-        experiment, clients = self.experiment, self.data.clients
+    def check_simulation(self) -> None:
+        """ExperimentError unless the data has clients enough to be simulated."""
+        experiment = self.experiment
+        if self.data is None:
+            raise ExperimentError("key 'data' is missing; a simulation needs it, only 'shoal server' can do without")
+        clients = self.data.clients
         if experiment.cohort > len(clients):
             raise ExperimentError(
                 f"cohort is {experiment.cohort}, but there are only {len(clients)} clients; "
@@ -125,9 +130,9 @@ class Composition:
                 "evaluation.clients_every is set, but clients hold no test examples; set data.client_test = 0.2"
             )
 
-    def _outputs(self) -> Tensor:
+    def _outputs(self, data: FederatedData) -> Tensor:
         """One forward pass: a model that does not fit the data is better found here than by every client."""
-        x = self.data.shard(self.data.clients[0]).x[:2]
+        x = data.shard(data.clients[0]).x[:2]
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
                 output = self._net.module.eval()(self._as_input(x))
@@ -139,10 +144,10 @@ class Composition:
             raise ExperimentError(f"the model returns a {type(output).__name__}; it must return one tensor")
         return output
 
-    def _check_loss(self, output: Tensor) -> None:
+    def _check_loss(self, data: FederatedData, output: Tensor) -> None:
         """The loss and the metrics of two examples: shapes that do not fit are found here."""
         local = self.experiment.local
-        y = self.data.shard(self.data.clients[0]).y[:2].to(output.device)
+        y = data.shard(data.clients[0]).y[:2].to(output.device)
         for what, function in [("loss", loss_named(local.loss)), *map(metric_named, local.metrics or ())]:
             try:
                 function(output, y)
@@ -152,17 +157,17 @@ class Composition:
                     f"{what} cannot be computed from {shapes}: {error}; set local.loss, local.metrics or model.classes"
                 ) from error
 
-    def _check_labels(self, output: Tensor) -> None:
+    def _check_labels(self, data: FederatedData, output: Tensor) -> None:
         if loss_named(self.experiment.local.loss) is not cross_entropy:
             return
         if output.ndim < 2:
             raise ExperimentError(
                 f"the model's output has shape {list(output.shape)}, cross-entropy needs [examples, classes]"
             )
-        if isinstance(self.data, ArrayData):
-            _check_range(self.data.y, output.shape[1], "the training data")
-        if self.data.test is not None:
-            _check_range(self.data.test.y, output.shape[1], "the test data")
+        if isinstance(data, ArrayData):
+            _check_range(data.y, output.shape[1], "the training data")
+        if data.test is not None:
+            _check_range(data.test.y, output.shape[1], "the test data")
 
 
 def _check_device(device: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from inspect import signature
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +17,9 @@ from shoal.client.local import LocalTraining
 from shoal.client.losses import loss_named, metric_named
 from shoal.protos import experiment as files
 from shoal.protos import registry
+from shoal.protos.assignment import Assignment, portable
 from shoal.protos.errors import ExperimentError, nearest
-from shoal.protos.experiment import Evaluation, ExperimentFile
+from shoal.protos.experiment import Component, Evaluation, ExperimentFile
 from shoal.simulations.datasets import Dataset, load
 from shoal.simulations.federated import FederatedData
 from shoal.strategies.base import Strategy
@@ -43,7 +44,7 @@ class Experiment:
     """
 
     model: Model
-    data: Dataset | FederatedData
+    data: Dataset | FederatedData | None = None
     strategy: Strategy = FedAvg()
     local: LocalTraining = LocalTraining()
     rounds: int = 10
@@ -91,7 +92,7 @@ class Experiment:
         plain = {f.name: getattr(file, f.name) for f in fields(cls) if f.name not in _OBJECTS}
         return cls(
             model=file.model.model_dump(),
-            data=load(file.data.name, **file.data.arguments),
+            data=None if file.data is None else load(file.data.name, **file.data.arguments),
             strategy=registry.build(
                 "shoal.strategies", file.strategy.name, file.strategy.arguments, "strategy", Strategy
             ),
@@ -115,9 +116,49 @@ class Experiment:
 
         return simulate(self, engine=engine, workers=workers, out=Path(out), progress=progress)
 
-    def make_model(self, data: FederatedData) -> Callable[[], nn.Module]:
-        """The function that builds the module, with ``shape`` and ``classes`` filled in from the data."""
-        return _Maker(self.model, data.shape, data.classes)
+    def serve(
+        self,
+        listen: str = "127.0.0.1:8470",
+        *,
+        tls: str | Path | None = None,
+        insecure: bool = False,
+        force: bool = False,
+        wait_for: int | None = None,
+        lease: float = 90.0,
+        out: str | Path = "runs",
+        progress: str = "auto",
+    ) -> Run:
+        """Run it on the clients that call ``listen``; see ``shoal server --help`` for the arguments."""
+        from shoal.serve import Door, serve  # as above
+
+        door = Door(listen, None if tls is None else str(tls), insecure, force, wait_for, lease)
+        return serve([self], door, out=Path(out), progress=progress)[0]
+
+    def make_model(self, data: FederatedData | None) -> _Maker:
+        """The function that builds the module, with ``shape`` and ``classes`` filled in from the data, if there are."""
+        return _Maker(self.model) if data is None else _Maker(self.model, data.shape, data.classes)
+
+    def assignment(self, data: FederatedData | None) -> Assignment:
+        """What every client of a run is told; ExperimentError for what only exists in this Python process."""
+        described = self._described()
+        for key in ("model", "local", "strategy", "client"):
+            if described.get(key, {}) is None:
+                raise ExperimentError(
+                    f"{key} exists only in Python, but clients build it by name; register it, or give it as "
+                    f"'file.py:name'"
+                )
+        model = _component(described["model"])
+        maker = self.make_model(data)
+        model |= maker.wanted(model)
+        client = described.get("client")
+        return Assignment(
+            strategy=Component(**portable(described["strategy"])),
+            local=portable(described["local"]),
+            model=Component(**portable(model)),
+            client=None if client is None else Component(**portable(client)),
+            seed=self.seed,
+            dtype=self.dtype,
+        )
 
     def make_client(self) -> Client | None:
         """The custom client, built if it is given by name."""
@@ -129,21 +170,27 @@ class Experiment:
 
     def toml(self) -> str:
         """The experiment file, every default written out; what only exists in Python is named in a comment."""
+        described = self._described()
+        unnamed = [key for key, value in described.items() if value is None]
+        note = f"{UNNAMED} {', '.join(unnamed)}\n" if unnamed else ""
+        known = {key: _absolute(value) for key, value in described.items() if value is not None}
+        return note + tomli_w.dumps(known)
+
+    def _described(self) -> dict[str, Any]:
+        """As in a file; None stands for what no file can name."""
         described = self._plain() | {
-            "data": self.data.spec if isinstance(self.data, Dataset) else None,
             "model": _describe_model(self.model),
             "local": _describe_local(self.local),
             "strategy": registry.describe("shoal.strategies", self.strategy),
             "selector": registry.describe("shoal.selectors", self.selector),
         }
+        if self.data is not None:
+            described["data"] = self.data.spec if isinstance(self.data, Dataset) else None
         if isinstance(self.client, Client):
             described["client"] = registry.describe("shoal.clients", self.client)
         elif self.client is not None:
             described["client"] = _component(self.client)
-        unnamed = [key for key, value in described.items() if value is None]
-        note = f"{UNNAMED} {', '.join(unnamed)}\n" if unnamed else ""
-        known = {key: _absolute(value) for key, value in described.items() if value is not None}
-        return note + tomli_w.dumps(known)
+        return described
 
     def _plain(self) -> dict[str, Any]:
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _OBJECTS}
@@ -163,8 +210,8 @@ class _Maker:
     """Builds the module; a class and not a closure, so that it is pickled by value with what it holds."""
 
     model: Model
-    shape: tuple[int, ...]
-    classes: int | None
+    shape: tuple[int, ...] | None = None
+    classes: int | None = None
 
     def __call__(self) -> nn.Module:
         if isinstance(self.model, nn.Module):
@@ -174,19 +221,28 @@ class _Maker:
             if not isinstance(made, nn.Module):
                 raise ExperimentError(f"the model function returned {type(made).__name__}, not a torch.nn.Module")
             return made
-        arguments = _component(self.model)
+        arguments = _component(self.model) | self.wanted(_component(self.model))
         name = arguments.pop("name")
-        arguments |= self._wanted(registry.load("shoal.models", name), arguments)
         module: nn.Module = registry.build("shoal.models", name, arguments, "model", nn.Module)
         return module
 
+    def wanted(self, component: Mapping[str, Any]) -> dict[str, Any]:
+        """What a named model takes from the data beside the arguments that it is given."""
+        return self._wanted(registry.load("shoal.models", component["name"]), component)
+
     def _wanted(self, make: Callable[..., Any], given: Mapping[str, Any]) -> dict[str, Any]:
-        known = {"shape": self.shape, "classes": self.classes}
         if not callable(make):
             return {}  # for the registry to refuse
-        wanted = {key: value for key, value in known.items() if key in signature(make).parameters and key not in given}
-        if "classes" in wanted and self.classes is None:
-            raise ExperimentError("the data has no class labels; set 'model.classes' to the number of outputs")
+        known = {"shape": self.shape, "classes": self.classes}
+        parameters = signature(make).parameters
+        wanted = {key: value for key, value in known.items() if key in parameters and key not in given}
+        for key in [key for key, value in wanted.items() if value is None]:
+            if parameters[key].default is not Parameter.empty:
+                del wanted[key]
+                continue
+            why = "there is no [data] here" if self.shape is None else "the data has no class labels"
+            what = "the shape of an example" if key == "shape" else "the number of outputs"
+            raise ExperimentError(f"{why}; set 'model.{key}' to {what}")
         return wanted
 
 

@@ -73,6 +73,10 @@ class Display(ABC):
     def on_checkpoint(self, checkpoint: Checkpoint) -> None:
         return
 
+    def waiting(self, present: int, needed: int) -> None:
+        """A server waits for its clients."""
+        self.note(f"waiting for clients: {present} of {needed} are connected")
+
     @abstractmethod
     def note(self, text: str) -> None: ...
 

@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import os
-import platform
-import signal
-import sys
-import threading
-import time
 import tomllib
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from shoal.compose import Composition
+from shoal.execute import Execution, environment, versions
 from shoal.experiment import UNNAMED, Experiment
-from shoal.progress import Display, Opening, display
+from shoal.progress import Display, display
 from shoal.protos.errors import ExperimentError, RunError, nearest
-from shoal.protos.parameters import Segment
-from shoal.run import Run, summarise
-from shoal.server.checkpoints import Checkpoint
-from shoal.server.coordinator import Coordinator
+from shoal.run import Run
 from shoal.server.runs import RunFolder
 
 __all__ = ["resume", "simulate"]
@@ -41,11 +31,27 @@ def simulate(
         raise ExperimentError(f"there is no engine {engine!r}{nearest(engine, ENGINES)}")
     number, show = _workers(experiment, workers), display(progress)
     composition = Composition(experiment)
+    composition.check_simulation()
     with closing(RunFolder.create(out, experiment.name) if path is None else RunFolder.make(path)) as folder:
         folder.claim()
         folder.write("experiment.toml", experiment.toml())
-        folder.write("env.json", _environment(composition, number))
-        return _run(composition, folder, composition.start(), number, show)
+        folder.write("env.json", environment(composition, "lean", number, _population(composition)))
+        return _simulated(composition, folder, number, show).run(composition.start())
+
+
+def _simulated(composition: Composition, folder: RunFolder, workers: int, show: Display) -> Execution:
+    return Execution(
+        composition,
+        folder,
+        show,
+        engine=f"lean × {workers} workers" if workers else "lean, in this process",
+        population=_population(composition),
+        make_fleet=lambda: composition.simulated(workers),
+    )
+
+
+def _population(composition: Composition) -> int:
+    return 0 if composition.data is None else len(composition.data.clients)
 
 
 def resume(
@@ -53,7 +59,8 @@ def resume(
 ) -> Run:
     """Go on with an interrupted run, to the same bits as if it had not been; ``rounds`` makes it longer.
 
-    ``experiment`` is needed only if the run was made from Python objects that a file cannot name.
+    A run that was served is served again, at the same address. ``experiment`` is needed only if the run was made from
+    Python objects that a file cannot name.
     """
     show = display(progress)
     with closing(RunFolder.open(Path(path))) as folder:
@@ -71,10 +78,22 @@ def _resume(folder: RunFolder, experiment: Experiment | None, rounds: int | None
     composition.check(point)
     if point.round >= experiment.rounds:
         raise RunError(f"{folder.path} has all its {point.round} rounds; make it longer with --rounds (rounds=…)")
-    folder.write("experiment.toml", experiment.toml())
-    folder.rewind(point.round if point.round else -1)  # round 0, the initial model, is evaluated again
-    folder.log("resumed", round=point.round, versions=_versions(), same=recorded["versions"] == _versions())
-    return _run(composition, folder, point, int(recorded["workers"]), show)
+    with _again(composition, folder, recorded, show) as execution:
+        folder.write("experiment.toml", experiment.toml())
+        folder.rewind(point.round if point.round else -1)  # round 0, the initial model, is evaluated again
+        folder.log("resumed", round=point.round, versions=versions(), same=recorded["versions"] == versions())
+        return execution.run(point)
+
+
+def _again(
+    composition: Composition, folder: RunFolder, recorded: dict[str, Any], show: Display
+) -> AbstractContextManager[Execution]:
+    if "served" in recorded:
+        from shoal.serve import served  # gRPC, which a simulation does not need
+
+        return served(composition, folder, recorded, show)
+    composition.check_simulation()
+    return nullcontext(_simulated(composition, folder, int(recorded["workers"]), show))
 
 
 def _kept_experiment(folder: RunFolder, kept: str) -> Experiment:
@@ -98,31 +117,6 @@ def _check_same(kept: str, given: str) -> None:
             )
 
 
-def _run(composition: Composition, folder: RunFolder, point: Checkpoint, workers: int, show: Display) -> Run:
-    """To the end or to an interrupt; the summary says which, whatever happens."""
-    experiment, began, status = composition.experiment, time.perf_counter(), "failed"
-    folder.write("summary.json", {"status": "running", "name": experiment.name})
-    engine = f"lean × {workers} workers" if workers else "lean, in this process"
-    size, shards = point.layout.size(Segment.TRAINABLE), composition.shards
-    try:
-        show.starting(Opening(folder.path, experiment, len(composition.data.clients), size, engine, shards))
-        with closing(composition.fleet(workers)) as fleet:
-            coordinator = composition.coordinator(fleet, point, [folder, show])
-            with _interruptible(coordinator, show):
-                point = coordinator.run()
-        status = "finished" if point.round >= experiment.rounds else "interrupted"
-    except KeyboardInterrupt:
-        status = "interrupted"
-        raise
-    finally:
-        ended = {"status": status, "name": experiment.name, "wall_seconds": time.perf_counter() - began}
-        folder.write("summary.json", summarise(folder, experiment.target) | ended)
-        show.close()
-        if status != "failed":
-            show.finished(Run(folder.path))
-    return Run(folder.path)
-
-
 def _workers(experiment: Experiment, workers: int | None) -> int:
     if workers is not None and workers < 0:
         raise ExperimentError(f"workers is {workers}; it must be 0 (in this process) or more")
@@ -130,50 +124,3 @@ def _workers(experiment: Experiment, workers: int | None) -> int:
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         workers = workers if experiment.device == "cpu" else 1
     return workers
-
-
-@contextmanager
-def _interruptible(coordinator: Coordinator, show: Display) -> Iterator[None]:
-    """First Ctrl-C (or SIGTERM): stop after this round. Second: abandon it, but never in the middle of a commit."""
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if coordinator.stopping and not coordinator.committing:
-            raise KeyboardInterrupt
-        coordinator.stop()
-        show.note("stopping after this round; Ctrl-C again to abandon it")
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in ("shoal", "torch", "numpy"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "unknown"
-    return found
-
-
-def _environment(composition: Composition, workers: int) -> dict[str, Any]:
-    return {
-        "engine": "lean",
-        "workers": workers,
-        "versions": _versions(),
-        "platform": platform.platform(),
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "command": sys.argv,
-        "population": len(composition.data.clients),
-        "parameters": composition.initial.layout.size(Segment.TRAINABLE),
-        "layout": composition.initial.layout.hash,
-        "shards": composition.shards,
-    }

@@ -10,22 +10,19 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from shoal.client.client import Client
-from shoal.client.data import Shard
 from shoal.client.local import LocalTraining
-from shoal.client.net import Net
+from shoal.client.net import Net, build_module
 from shoal.client.participant import Participant, failure
-from shoal.protos import seeds
 from shoal.protos.messages import Failure
 from shoal.server.fleet import Part, Report
 from shoal.simulations.federated import FederatedData
 from shoal.strategies.base import Context, Mine, Sent, State, Strategy, Update
 from shoal.strategies.sums import Carried, Contribution, contribute, plus
 
-__all__ = ["Assignment", "Engine", "Job", "Result", "build_module"]
+__all__ = ["Assignment", "Engine", "Job", "Result"]
 
 
 @dataclass(frozen=True)
@@ -69,29 +66,19 @@ class Result:
     staged: Mapping[str, Mine] = field(default_factory=dict)
 
 
-def build_module(make_model: Callable[[], nn.Module], seed: int, dtype: str) -> nn.Module:
-    """The model with the seed's initial weights, the same in every process; the caller's generator is untouched."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seeds.integer(seed, "model"))
-        module = make_model()
-    return module.to(getattr(torch, dtype))
-
-
 class Engine:
     """Runs jobs against the state of one round."""
 
     def __init__(self, assignment: Assignment) -> None:
         module = build_module(assignment.make_model, assignment.seed, assignment.dtype)
-        self._net = Net(module, assignment.device)
         self._strategy, self._data = assignment.strategy, assignment.data
         self._participant = Participant(
-            self._net, assignment.strategy, assignment.local, assignment.seed, assignment.client
+            Net(module, assignment.device), assignment.strategy, assignment.local, assignment.seed, assignment.client
         )
-        self._device = torch.device(assignment.device)
 
     def run(self, job: Job, state: State, carried: Carried, seconds: float | None = None) -> Result:
         """Train or evaluate the job's clients; one that fails, or was not begun in time, is reported, never raised."""
-        began, sent = time.monotonic(), self._sent(state)
+        began, sent = time.monotonic(), self._participant.place(self._strategy.send(state))
         total: Contribution | None = None
         reports, failures, staged = list[Report](), list[Failure](), dict[str, Mine]()
         for client, mine in job.clients:
@@ -109,47 +96,22 @@ class Engine:
                 failures.append(failure(error, client, round))
                 continue
             total = part if total is None else plus(total, part)
-            reports.append(Report(client, _numbers(update, sent, carried)))
+            reports.append(Report.of(client, update, *_bytes(sent, update, carried)))
             staged[client] = after
         return Result(Part(job.position, total, reports, failures), staged)
 
-    def _sent(self, state: State) -> Sent:
-        sent = self._strategy.send(state)
-        return Sent(self._here(sent.parameters), self._all_here(sent.tensors), sent.settings)
-
-    def _here(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self._device)
-
-    def _all_here(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: self._here(tensor) for name, tensor in tensors.items()}
-
-    def _shard(self, shard: Shard) -> Shard:
-        kind = self._net.dtype if shard.x.is_floating_point() else shard.x.dtype
-        return Shard(shard.x.to(self._device, kind), self._here(shard.y))
-
     def _train(self, client: str, round: int, sent: Sent, carried: Carried, mine: Mine | None) -> tuple[Update, Mine]:
-        before = None if mine is None else self._all_here(mine)
-        shard = self._shard(self._data.shard(client))
-        update, after = self._participant.train(client, round, shard, sent, carried, before)
-        return update.map(Tensor.cpu), {name: tensor.cpu() for name, tensor in after.items()}
+        return self._participant.train(client, round, self._data.shard(client), sent, carried, mine)
 
     def _evaluate(self, client: str, sent: Sent, carried: Carried, mine: Mine | None) -> list[Report]:
         held_out = self._data.shard(client).held_out
         if held_out is None:  # a client with no examples of its own to test on has nothing to say
             return []
-        before = None if mine is None else self._all_here(mine)
-        return [Report(client, self._participant.evaluate(self._shard(held_out), sent, carried, before))]
+        return [Report(client, self._participant.evaluate(held_out, sent, carried, mine))]
 
 
-def _numbers(update: Update, sent: Sent, carried: Carried) -> dict[str, float]:
-    """A client's line: its work, the bytes that its task and answer have on a wire, its own metrics."""
+def _bytes(sent: Sent, update: Update, carried: Carried) -> tuple[int, int]:
+    """What the tensors of the task and of its answer have on a wire."""
     down = [sent.parameters, *sent.tensors.values(), carried.buffers, carried.counters]
     up = [update.delta, *update.tensors.values(), carried.buffers, carried.counters]
-    return {
-        **update.metrics,
-        "examples": float(update.examples),
-        "steps": float(update.steps),
-        "lr_sum": float(update.lr_sum),
-        "bytes_down": float(sum(tensor.nbytes for tensor in down)),
-        "bytes_up": float(sum(tensor.nbytes for tensor in up)),
-    }
+    return sum(tensor.nbytes for tensor in down), sum(tensor.nbytes for tensor in up)

@@ -53,6 +53,10 @@ class SimulatedFleet:
         self._states: dict[str, Mine] = {}
         self._staged: dict[str, Mine] = {}
 
+    @property
+    def reachable(self) -> Sequence[str]:
+        return self.population
+
     def train(self, ask: Ask) -> Iterator[Part]:
         self._staged = {}
         ends = None if ask.deadline is None else time.monotonic() + ask.deadline

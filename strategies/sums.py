@@ -93,25 +93,54 @@ def add_up(parts: Iterable[Contribution]) -> Contribution | None:
     return total
 
 
-class LeafSum:
-    """Collects parts in any order and sums them in the fixed one.
+@dataclass(frozen=True)
+class _Folded:
+    """A sum as far as it goes: the leaves before ``number``, and that leaf as far as it goes."""
 
-    A part is the contribution of one position, or the sum of several from the first position of a leaf on.
+    before: Contribution | None = None
+    number: int = 0
+    leaf: Contribution | None = None
+
+    def add(self, position: int, part: Contribution | None) -> _Folded:
+        if part is None:
+            return self
+        if self.leaf is None or position // LEAF != self.number:
+            return _Folded(self.total(), position // LEAF, part)
+        return _Folded(self.before, self.number, plus(self.leaf, part))
+
+    def total(self) -> Contribution | None:
+        if self.before is None or self.leaf is None:
+            return self.leaf
+        return plus(self.before, self.leaf)
+
+
+class LeafSum:
+    """Collects parts in any order and sums them in the fixed one, each as soon as all before it are there.
+
+    A part is the contribution of one position, or the sum of several from the first position of a leaf on. Parts that
+    come in order take no memory beyond the sum itself.
     """
 
     def __init__(self) -> None:
-        self._parts: dict[int, Contribution] = {}
+        self._waiting: dict[int, tuple[int, Contribution | None]] = {}
+        self._next, self._folded = 0, _Folded()
 
-    def add(self, position: int, part: Contribution) -> None:
-        """Take the part that begins at this cohort position; ValueError if there is one already."""
-        if position in self._parts:
+    def add(self, position: int, part: Contribution | None, size: int = 1) -> None:
+        """Take the part of ``size`` positions from this one on, None if all of them failed.
+
+        ValueError if there is one already.
+        """
+        if position in self._waiting or position < self._next:
             raise ValueError(f"cohort position {position} was added twice")
-        self._parts[position] = part
+        self._waiting[position] = size, part
+        while self._next in self._waiting:
+            size, found = self._waiting.pop(self._next)
+            self._folded = self._folded.add(self._next, found)
+            self._next += size
 
     def total(self) -> Contribution | None:
-        """The sum of all parts; None if there are none."""
-        leaves: dict[int, list[Contribution]] = {}
-        for position in sorted(self._parts):
-            leaves.setdefault(position // LEAF, []).append(self._parts[position])
-        sums = (add_up(parts) for parts in leaves.values())
-        return add_up(leaf for leaf in sums if leaf is not None)
+        """The sum of the parts there are, also where positions are missing; None if there are none."""
+        folded = self._folded
+        for position, (_, part) in sorted(self._waiting.items(), key=lambda item: item[0]):
+            folded = folded.add(position, part)
+        return folded.total()

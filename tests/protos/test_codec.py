@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import tracemalloc
 from collections.abc import Callable, Mapping
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from shoal.protos import codec, manifest
 from shoal.protos import fleet_pb2 as wire
 from shoal.protos.errors import CodecError
-from shoal.protos.messages import Failure, Kind, Spec, Task, Update
+from shoal.protos.messages import Failure, Kind, Measurement, Spec, Task, Update
 from shoal.protos.parameters import Entry, Layout, Parameters, Segment, frozen_hash
 
 Array = np.ndarray
@@ -72,8 +73,6 @@ tasks: st.SearchStrategy[Task[Array]] = st.builds(
     st.dictionaries(names, arrays(), max_size=3),
     st.dictionaries(names, values, max_size=3),
     st.none() | st.dictionaries(names, st.builds(Spec, st.sampled_from(NUMPY), shapes), max_size=2),
-    names,
-    st.floats(0, 1e9),
 )
 updates: st.SearchStrategy[Update[Array]] = st.builds(
     Update,
@@ -88,7 +87,7 @@ updates: st.SearchStrategy[Update[Array]] = st.builds(
 )
 
 
-def pack(value: Task[Array] | Update[Array] | Failure) -> tuple[bytes, bytes]:
+def pack(value: codec.Value) -> tuple[bytes, bytes]:
     header, buffers = codec.encode(value)
     return header, b"".join(buffers)
 
@@ -122,7 +121,7 @@ def a_task(**changes: Any) -> Task[Array]:
         {"head": np.full(2, 5, "float32")},
         {"base": np.full(2, 9, "uint16")},
     )
-    fields: dict[str, Any] = {"kind": Kind.TRAIN, "round": 3, "version": 2, "model": model, "nonce": "n", "lease": 60.0}
+    fields: dict[str, Any] = {"kind": Kind.TRAIN, "round": 3, "version": 2, "model": model}
     return Task(**(fields | {"tensors": {"c": np.ones(3, "int8")}, "settings": {"mu": 0.1}} | changes))
 
 
@@ -154,6 +153,48 @@ def test_a_failure_comes_back(failure: Failure) -> None:
 
     assert failure == codec.decode_failure(header)
     assert payload == b""
+
+
+@quick
+@given(st.builds(Measurement, st.dictionaries(names, numbers, max_size=3)))
+def test_a_measurement_comes_back(measurement: Measurement) -> None:
+    header, payload = pack(measurement)
+
+    assert bits(measurement) == bits(codec.decode_measurement(header))
+    assert payload == b""
+
+
+@quick
+@given(updates)
+def test_a_header_says_what_comes_before_it_is_there(update: Update[Array]) -> None:
+    header, payload = pack(update)
+    announced = codec.decode_update(header, None)
+
+    assert codec.content_of(header) == ("update", hashlib.sha256(payload).digest(), len(payload))
+    assert (announced.delta.shape, announced.delta.dtype) == (update.delta.shape, update.delta.dtype)
+    assert announced.tensors.keys() == update.tensors.keys()
+    assert announced.metrics == update.metrics
+
+
+def test_what_is_announced_takes_no_memory() -> None:
+    header, _ = pack(an_update(delta=np.zeros(4, "float32")))
+    message = wire.Header.FromString(header)
+    (delta,) = (tensor for tensor in message.manifest.tensors if tensor.role == "delta")
+    delta.shape[:], delta.nbytes = [2**29], 2**31
+    message.manifest.tensors[1].offset = 2**31
+    message.manifest.total_bytes = 2**31 + message.manifest.tensors[1].nbytes
+    announced = codec.decode_update(message.SerializeToString(), None)
+
+    assert announced.delta.shape == (2**29,)
+    assert announced.delta.strides == (0,)
+
+
+def test_a_hash_of_another_length_is_refused() -> None:
+    message = wire.Header.FromString(pack(an_update())[0])
+    message.manifest.sha256 = b"short"
+
+    with pytest.raises(CodecError, match="has 5 bytes"):
+        codec.content_of(message.SerializeToString())
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
@@ -265,7 +306,6 @@ REFUSED_TO_SEND: list[tuple[Task[Array] | Update[Array] | Failure, str]] = [
     (a_task(settings={"x" * 513: 1}), "characters in the name of setting"),
     (a_task(settings={"x": "\ud800"}), "the task has no wire form"),
     (a_task(settings={"x": b"0" * 2**20}), "bytes in the header"),
-    (a_task(lease=math.nan), "lease is nan"),
     (a_task(round=-1), "the task has no wire form"),
     (a_task(kind="explode"), "the task's kind is 'explode'"),
     (a_task(reply={"c": Spec("bfloat16", ())}), "reply tensor 'c' is of numpy dtype 'bfloat16'"),
@@ -356,7 +396,6 @@ MUTATIONS: list[tuple[Callable[[wire.Header], object], str]] = [
     (mix_dtypes, "convert the model to one dtype"),
     (lambda h: setattr(h.task, "frozen_hash", ""), "1 frozen tensors"),
     (lambda h: setattr(h.task, "kind", ""), "kind is ''; this version knows train"),
-    (lambda h: setattr(h.task, "lease", -1), "lease is -1.0"),
     (lambda h: h.task.settings.append(h.task.settings[0]), "setting 'mu' stands there twice"),
     (lambda h: h.task.settings[0].ClearField("value"), "setting 'mu' has no value"),
     (nest, "nested lists in setting 'mu'"),

@@ -29,7 +29,7 @@ class MadeUp:
     """Client "3" moves the model by 3; the clients in ``failing`` fail; answers come in reverse."""
 
     def __init__(self, clients: int = 10, failing: Collection[str] = ()) -> None:
-        self.population: Sequence[str] = [str(i) for i in range(clients)]
+        self.population = self.reachable = [str(i) for i in range(clients)]
         self.failing, self.asks, self.settled = failing, list[Ask](), list[list[str]]()
         self.states: Mapping[str, Mine] = {}
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from shoal import Experiment, LocalTraining
 from shoal.client.data import Shard
+from shoal.client.net import build_module
 from shoal.protos import seeds
-from shoal.simulations.engine import Assignment, Engine, Job, build_module
+from shoal.simulations.engine import Assignment, Engine, Job
 from shoal.simulations.federated import ArrayData
 from shoal.strategies.base import Context
 from shoal.strategies.fedavg import FedAvg

@@ -1,0 +1,52 @@
+"""Processes of our own beside this one: plain Python programs with one thread each.
+
+Not forked (threads and locks do not survive a fork), and not through ``multiprocessing`` (which would import the user's
+script again).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from typing import IO
+
+__all__ = ["answers_on", "command", "end_with", "environment", "fate"]
+
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+# glibc gives large blocks back to the system and faults them in again at every step; other systems ignore these names.
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**28), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
+
+
+def command(module: str) -> list[str]:
+    """How to start ``module``'s ``main``: with the caller's import paths, never the folder it starts in."""
+    return [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; from {module} import main; main()"]
+
+
+def environment() -> dict[str, str]:
+    """The environment of a process that computes on one core."""
+    return os.environ | ONE_THREAD | KEEP_MEMORY
+
+
+def answers_on() -> IO[bytes]:
+    """In the process: the pipe to its parent. What a user's code prints goes to standard error from now on."""
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    return answers
+
+
+def end_with(parent: int) -> None:
+    """In the process: leave when the parent is gone, even if a user's code never returns to read the pipe."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def fate(code: int) -> str:
+    """How a process ended, in words."""
+    return f"killed by signal {-code}" if code < 0 else f"exit code {code}"

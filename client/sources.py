@@ -1,0 +1,86 @@
+"""Where a client's examples come from: a shard file, a table of its own, a folder of shard files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, unquote
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shoal.client.data import Shard, Table
+from shoal.client.readers import read_function, read_npz
+from shoal.protos.errors import DataError
+from shoal.protos.seeds import stream
+
+__all__ = ["read_shard", "shard_of", "write_shard"]
+
+
+def write_shard(folder: Path, client: str, shard: Shard) -> Path:
+    """``FOLDER/<client>.npz`` with ``x`` and ``y`` and, where there are some, ``x_test`` and ``y_test``."""
+    parts = {"x": shard.x, "y": shard.y, "x_test": shard.x_test, "y_test": shard.y_test}
+    path = folder / f"{quote(client, safe=' ')}.npz"
+    np.savez(path, allow_pickle=False, **{name: part.numpy() for name, part in parts.items() if part is not None})
+    return path
+
+
+def read_shard(path: Path) -> Shard:
+    """A file of :func:`write_shard`, or any ``.npz`` with ``x`` and ``y``; DataError if it is none."""
+    train = read_npz(path, dtype=_kind(path))
+    with np.load(path, allow_pickle=False) as archive:
+        tested = {"x_test", "y_test"} <= set(archive.files)
+    test = read_npz(path, "x_test", "y_test", dtype=_kind(path), class_names=train.class_names) if tested else None
+    return _shard(train, test)
+
+
+def _kind(path: Path) -> Any:
+    """Whole numbers that are no images are token ids and stay whole."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return "int64" if "x" in archive.files and archive["x"].dtype.kind == "i" else "float32"
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{str(path)!r} cannot be read as a shard ({error}); make one with 'shoal data split'"
+        ) from error
+
+
+def shard_of(client: str, spec: Mapping[str, Any]) -> Shard:
+    """The examples that ``spec`` (``{"name": …}`` with a reader's arguments, or ``{"path": …}``) gives a client.
+
+    Of a table that names its clients only this client's rows are taken; ``client_test`` holds out a share of them.
+    DataError if nothing is left.
+    """
+    arguments = dict(spec)
+    if "name" not in arguments:
+        place = Path(arguments["path"])
+        return read_shard(place / f"{quote(client, safe=' ')}.npz" if place.is_dir() else place)
+    held = float(arguments.pop("client_test", 0.0))
+    table = read_function(arguments.pop("name"), **arguments)
+    if table.clients is not None:
+        rows = np.flatnonzero(table.clients == client)
+        if not len(rows):
+            known = ", ".join(map(repr, np.unique(table.clients)[:10].tolist()))
+            raise DataError(f"no row belongs to client {client!r} (the data names {known}); set --id")
+        table = table.take(rows)
+    if not held:
+        return _shard(table, None)
+    order = stream(0, "client-test", 0, client).permutation(len(table))
+    count = min(max(1, round(held * len(table))), len(table) - 1)
+    return _shard(table.take(np.sort(order[count:])), table.take(np.sort(order[:count])) if count else None)
+
+
+def name_of(path: Path) -> str:
+    """The client that a shard file belongs to."""
+    return unquote(path.stem)
+
+
+def _shard(train: Table, test: Table | None) -> Shard:
+    x_test, y_test = (None, None) if test is None else (_tensor(test.x), _tensor(test.y))
+    return Shard(_tensor(train.x), _tensor(train.y), x_test, y_test)
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.require(array, requirements=["C", "W"]))

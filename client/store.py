@@ -1,0 +1,114 @@
+"""What a client keeps on disk: answers until they have a receipt, content it fetched, its own state in each run.
+
+::
+
+    STATE/clients/<name>/cache/<sha256>     assignments and models, by content
+    STATE/clients/<name>/outbox/<nonce>.*   the answer in hand: header and payload
+    STATE/clients/<name>/runs/<run>/00012   the state that came with the update of round 12
+
+A client's state is kept with the round of its update. Which one is true the server says with each task: the last that
+was *counted*. So an update that came too late, or was lost on its way, moves nothing.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import IO
+from urllib.parse import quote
+
+from shoal.protos.errors import ConnectionRefused
+from shoal.protos.files import write_whole
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: nobody keeps a second process away
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["Outbox", "Store", "keep_state", "kept_state"]
+
+RUNS = 3  # whose states are kept; older ones go
+STATES = 3  # of a run: the true one, one before it (a server may go back a checkpoint), and one not yet counted
+
+
+class Store:
+    """The folder of one client."""
+
+    def __init__(self, root: Path, client: str) -> None:
+        self.client, self.path = client, root / "clients" / quote(client, safe="")
+        self.cache, self.outbox = self.path / "cache", Outbox(self.path / "outbox")
+        self._lock: IO[str] | None = None
+
+    def claim(self) -> None:
+        """Become the only process with this client's name and folder; ConnectionRefused if another one is."""
+        try:
+            for folder in (self.cache, self.outbox.path):
+                folder.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise ConnectionRefused(f"{str(self.path)!r} cannot be written ({error.strerror}); set --state") from error
+        if fcntl is None:
+            return
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.close()
+            raise ConnectionRefused(
+                f"another process is client {self.client!r} with the state in {self.path}; stop it, or give this one "
+                f"another name with --id"
+            ) from error
+
+    def run(self, run: str) -> Path:
+        """The folder of the client's states in a run; those of all but the newest runs are dropped."""
+        runs, mine = self.path / "runs", self.path / "runs" / quote(run, safe="")
+        mine.mkdir(parents=True, exist_ok=True)
+        mine.touch()
+        for old in sorted(runs.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)[RUNS:]:
+            shutil.rmtree(old, ignore_errors=True)
+        return mine
+
+    def close(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+
+
+class Outbox:
+    """The answer to one task, whole on disk before a byte of it is sent."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def header(self, nonce: str) -> Path:
+        return self.path / f"{nonce}.header"
+
+    def payload(self, nonce: str) -> Path:
+        return self.path / f"{nonce}.payload"
+
+    def holds(self, nonce: str) -> bool:
+        """Whether the answer is there: its header is written last."""
+        return self.header(nonce).is_file()
+
+    def put(self, nonce: str, header: bytes, payload: Iterable[memoryview]) -> None:
+        write_whole(self.payload(nonce), payload)
+        write_whole(self.header(nonce), [header])
+
+    def keep_only(self, nonce: str) -> None:
+        """Drop the answers to other tasks: a client has one at a time."""
+        for path in self.path.iterdir():
+            if path.name.lstrip(".").partition(".")[0] != nonce:
+                path.unlink(missing_ok=True)
+
+
+def keep_state(folder: Path, round: int, data: bytes) -> None:
+    """Keep the state that goes with the update of ``round``."""
+    write_whole(folder / f"{round:05d}", [data])
+
+
+def kept_state(folder: Path, counted: int) -> bytes | None:
+    """The state of the update that was last counted, None if there is none; what can no longer become true goes."""
+    states = sorted((path for path in folder.iterdir() if path.name.isdecimal()), key=lambda path: int(path.name))
+    for old in [path for path in states if int(path.name) < counted][: 1 - STATES]:
+        old.unlink()
+    path = folder / f"{counted:05d}"
+    return path.read_bytes() if counted and path.is_file() else None

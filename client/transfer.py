@@ -1,0 +1,122 @@
+"""Tensors on their way: to this client and from it, in chunks, going on where they stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import IO
+
+import grpc
+from grpc import aio
+
+from shoal.client.link import Link
+from shoal.protos import fleet_pb2 as wire
+from shoal.protos.codec import content_of
+from shoal.protos.errors import CodecError, InvalidUpdate
+from shoal.protos.files import mapped
+from shoal.protos.transport import check_chunk, chunks
+
+__all__ = ["Depot", "Over", "deliver"]
+
+KEPT = 4  # contents in the cache: the assignment, this round's and the next one's
+PAUSE = 1.0  # seconds before a transfer is tried again on a connection that stands
+SHORT = 120.0  # seconds for a call that carries no tensors; the server examines a large answer within
+LAST = frozenset({grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.PERMISSION_DENIED})
+
+
+class Over(Exception):
+    """The task needs no answer any more."""
+
+
+class Depot:
+    """Content by its SHA-256 in a folder; the clients of one process fetch the same content once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._turns: dict[bytes, asyncio.Lock] = {}
+
+    async def fetch(self, link: Link, content: wire.Content) -> Path:
+        """The file that holds the content; Over if the server does not offer it any more."""
+        path = self._folder / content.sha256.hex()
+        async with self._turns.setdefault(content.sha256, asyncio.Lock()):
+            while not path.is_file():
+                try:
+                    await self._download(link, content, path.with_suffix(".part"))
+                    path.with_suffix(".part").rename(path)
+                    self._prune()
+                except aio.AioRpcError as error:
+                    await _again(link, error)
+        path.touch()
+        return path
+
+    async def _download(self, link: Link, content: wire.Content, part: Path) -> None:
+        session = await link.session()
+        part.touch()
+        digest = await asyncio.to_thread(_digest, part)
+        with part.open("ab") as file:
+            offset = file.tell()
+            request = wire.DownloadRequest(session=session, sha256=content.sha256, offset=offset)
+            if offset < content.total_bytes:
+                async for chunk in link.stub.Download(request):
+                    check_chunk(chunk, offset, content.total_bytes)
+                    await asyncio.to_thread(_append, file, digest, chunk.data)
+                    offset += len(chunk.data)
+        if digest.digest() != content.sha256:
+            part.unlink()
+            raise CodecError("the bytes from the server are not those that it announced: their SHA-256 differs")
+
+    def _prune(self) -> None:
+        """Only the newest stay; a file that a worker has mapped lives on until it lets go."""
+        whole = [path for path in self._folder.iterdir() if not path.suffix]
+        for old in sorted(whole, key=lambda path: path.stat().st_mtime, reverse=True)[KEPT:]:
+            old.unlink(missing_ok=True)
+
+
+def _append(file: IO[bytes], digest: hashlib._Hash, data: bytes) -> None:
+    file.write(data)
+    digest.update(data)
+
+
+async def deliver(link: Link, nonce: str, header: bytes, payload: Path) -> wire.Receipt:
+    """The server's receipt for an answer; Over if it wants none any more, InvalidUpdate if it cannot be taken.
+
+    Begin says what has arrived already, so nothing is sent twice however often the connection breaks.
+    """
+    total = content_of(header)[2]
+    while True:
+        session = await link.session()
+        try:
+            begun = await link.stub.Begin(wire.BeginRequest(session=session, nonce=nonce, header=header), timeout=SHORT)
+            if begun.offset < total:
+                await link.stub.Upload(_pieces(session, nonce, mapped(payload), begun.offset))
+            receipt: wire.Receipt = await link.stub.Commit(
+                wire.CommitRequest(session=session, nonce=nonce), timeout=SHORT
+            )
+            return receipt
+        except aio.AioRpcError as error:
+            if error.code() in LAST:
+                raise InvalidUpdate(error.details() or "the server refuses the answer") from error
+            await _again(link, error)
+
+
+async def _pieces(session: str, nonce: str, data: memoryview, offset: int) -> AsyncIterator[wire.UploadRequest]:
+    for chunk in chunks([data], offset):
+        yield wire.UploadRequest(session=session, nonce=nonce, chunk=chunk)
+
+
+async def _again(link: Link, error: aio.AioRpcError) -> None:
+    """Wait before the next attempt; Over if there is no point in one."""
+    if error.code() is grpc.StatusCode.NOT_FOUND:
+        raise Over(error.details()) from error
+    await asyncio.sleep(PAUSE)
+    await link.session()
+
+
+def _digest(path: Path) -> hashlib._Hash:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**22):
+            digest.update(block)
+    return digest

@@ -1,0 +1,152 @@
+"""The program that trains: a process of its own, because it loads torch and an idle client must stay small.
+
+It is told in JSON lines where a task lies and where its answer goes; tensors it reads from and writes to files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from shoal.client.client import Client
+from shoal.client.data import Shard
+from shoal.client.local import LocalTraining
+from shoal.client.net import Net, build_module, parameters_of, to_numpy
+from shoal.client.participant import Participant, failure
+from shoal.client.process import answers_on, end_with
+from shoal.client.sources import shard_of
+from shoal.client.store import Outbox, keep_state, kept_state
+from shoal.protos import registry
+from shoal.protos.assignment import Assignment
+from shoal.protos.codec import Value, decode_task, encode
+from shoal.protos.errors import DataError, InvalidUpdate, ShoalError
+from shoal.protos.files import mapped
+from shoal.protos.messages import Failure, Kind, Measurement, Task
+from shoal.protos.parameters import Layout, frozen_hash
+from shoal.strategies.base import Mine, Strategy
+from shoal.strategies.sums import Carried
+
+__all__ = ["main"]
+
+SHARDS = 64  # kept in memory where one process plays many clients
+
+
+def main() -> None:
+    """Answer jobs until the other side is gone."""
+    answers = answers_on()
+    torch.set_num_threads(1)
+    end_with(os.getppid())
+    for line in sys.stdin.buffer:
+        job = json.loads(line)
+        answers.write(json.dumps(_look(job) if job["kind"] == "look" else _play(job)).encode() + b"\n")
+        answers.flush()
+
+
+def _look(job: Mapping[str, Any]) -> dict[str, Any]:
+    """What a client's data hold; the reason if they cannot be read."""
+    try:
+        shard = shard_of(job["client"], job["data"])
+    except Exception as error:
+        return {"error": failure(error, job["client"], 0).reason if not isinstance(error, ShoalError) else str(error)}
+    return {"examples": len(shard), "held_out": len(shard.held_out or ())}
+
+
+def _play(job: Mapping[str, Any]) -> dict[str, Any]:
+    """One task from its files to its answer's; whatever goes wrong in it is the answer."""
+    client, round = job["client"], int(job["round"])
+    answer: Value
+    try:
+        answer = _answer(job)
+        header, payload = encode(answer)
+    except Exception as error:
+        answer = failure(error, client, round)
+        header, payload = encode(Failure(client, round, answer.reason, answer.traceback[-20_000:]))
+    Outbox(Path(job["outbox"])).put(job["nonce"], header, payload)
+    return {}
+
+
+def _answer(job: Mapping[str, Any]) -> Value:
+    client, states = job["client"], Path(job["states"])
+    task, frozen = decode_task(Path(job["task"]).read_bytes(), mapped(Path(job["payload"])), verify=False)
+    participant, strategy = _participant(Path(job["assignment"]), tuple(job["allow"]), job["device"])
+    _check_model(participant.net, task.model.layout, frozen)
+    sent = Task(task.kind, task.round, task.version, task.model.map(_to_tensor), _all(task.tensors), task.settings).sent
+    carried = Carried(_to_tensor(task.model.buffers), _to_tensor(task.model.counters))
+    shard = _shard(client, json.dumps(job["data"], sort_keys=True))
+    mine = _mine(states, int(job["counted"]), strategy.init_client(sent.parameters))
+    if task.kind is Kind.EVALUATE:
+        held_out = shard.held_out
+        return Measurement({} if held_out is None else participant.evaluate(held_out, sent, carried, mine))
+    if task.kind is not Kind.TRAIN:
+        raise InvalidUpdate(f"the server asks for a task of kind {task.kind!r}; upgrade this client")
+    update, after = participant.train(client, task.round, shard, sent, carried, mine)
+    if after:  # before the answer: a counted update always finds its state
+        keep_state(states, task.round, save({name: tensor.contiguous() for name, tensor in after.items()}))
+    return update.map(to_numpy)
+
+
+@lru_cache(maxsize=2)
+def _participant(path: Path, allow: tuple[str, ...], device: str) -> tuple[Participant, Strategy]:
+    """Strategy and model from this installation; NotAllowed for code that its owner did not allow."""
+    assignment = Assignment.decode(path.read_bytes()).permitted(allow)
+    named = assignment.strategy
+    strategy = registry.build("shoal.strategies", named.name, named.arguments, "strategy", Strategy)
+    local = registry.build("shoal.local", "shoal.client.local:LocalTraining", assignment.local, "local", LocalTraining)
+    own = None
+    if assignment.client is not None:
+        own = registry.build("shoal.clients", assignment.client.name, assignment.client.arguments, "client", Client)
+
+    def make_model() -> nn.Module:
+        model = assignment.model
+        made: nn.Module = registry.build("shoal.models", model.name, model.arguments, "model", nn.Module)
+        return made
+
+    net = Net(build_module(make_model, assignment.seed, assignment.dtype), device)
+    return Participant(net, strategy, local, assignment.seed, own), strategy
+
+
+def _check_model(net: Net, layout: Layout, frozen: str) -> None:
+    difference = net.layout.difference(layout)
+    if difference is not None:
+        raise InvalidUpdate(
+            f"the model that this client builds is not the server's ({difference}); install the same version of the "
+            f"model's code on both sides"
+        )
+    if frozen and frozen != frozen_hash(parameters_of(net.module).map(to_numpy).frozen):
+        raise InvalidUpdate("the model's frozen tensors differ from the server's; install the same weights on both")
+
+
+def _mine(states: Path, counted: int, initial: Mine) -> Mine | None:
+    """The client's true state; an error if it had one and it is gone."""
+    kept = kept_state(states, counted)
+    if kept is not None:
+        return load(kept)
+    if counted and initial:
+        raise DataError(
+            f"this client's state of round {counted} is not in {states}; start the client with the --state folder it "
+            f"had, or under another name"
+        )
+    return None
+
+
+@lru_cache(maxsize=SHARDS)
+def _shard(client: str, spec: str) -> Shard:
+    return shard_of(client, json.loads(spec))
+
+
+def _to_tensor(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(array.copy())  # torch wants memory that may be written
+
+
+def _all(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+    return {name: _to_tensor(array) for name, array in arrays.items()}

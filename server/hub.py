@@ -1,0 +1,388 @@
+"""Who is connected, what each client is asked, and what has come back: the service's state.
+
+Everything here runs on the event loop of :mod:`shoal.server.serving` and touches neither gRPC nor torch. What happens
+is told as events to whoever asked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import secrets
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from shoal.protos import fleet_pb2 as wire
+from shoal.protos.codec import content_of, decode_failure
+from shoal.protos.errors import CodecError, InvalidUpdate, ShoalError
+from shoal.protos.files import mapped
+from shoal.protos.messages import Failure
+from shoal.protos.transport import CAPABILITIES, VERSIONS, software
+from shoal.server.spool import Incoming
+
+__all__ = ["Answered", "Blob", "Denied", "Event", "Failed", "Hub", "Joined", "Left", "Order", "Session"]
+
+MISSED = 3  # heartbeats, after which a connection is taken for dead
+LONGEST = 20_000  # characters of a client's traceback that are kept
+QUEUED = 64  # replies to one client: a client that does not read gets no more heartbeats
+
+
+class Denied(ShoalError):
+    """A call that gets no answer but an error; ``code`` is a gRPC status code's name."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A checked answer lies in a file; whoever takes the event deletes it."""
+
+    nonce: str
+    client: str
+    header: bytes
+    path: Path
+
+
+@dataclass(frozen=True)
+class Failed:
+    nonce: str
+    failure: Failure
+
+
+@dataclass(frozen=True)
+class Joined:
+    client: str
+    peer: str
+
+
+@dataclass(frozen=True)
+class Left:
+    client: str
+    reason: str
+
+
+Event = Answered | Failed | Joined | Left
+
+
+@dataclass(frozen=True)
+class Blob:
+    """Bytes that clients may fetch: buffers one behind the other."""
+
+    sha256: bytes
+    buffers: Sequence[memoryview]
+
+    @classmethod
+    def of(cls, data: bytes) -> Blob:
+        return cls(hashlib.sha256(data).digest(), [memoryview(data)])
+
+    @property
+    def content(self) -> wire.Content:
+        return wire.Content(sha256=self.sha256, total_bytes=sum(buffer.nbytes for buffer in self.buffers))
+
+
+@dataclass(frozen=True)
+class Order:
+    """One ask: what its clients have in common.
+
+    ``check(client, content, header, payload)`` raises for an answer that must not be taken; it is called with None for
+    a payload still to come. ``ends`` is a time of the monotonic clock.
+    """
+
+    run: str
+    round: int
+    assignment: Blob
+    header: bytes
+    payload: Blob
+    check: Callable[[str, str, bytes, memoryview | None], None]
+    lease: float
+    ends: float | None = None
+
+
+@dataclass
+class Assigned:
+    """One client's part of an order."""
+
+    nonce: str
+    client: str
+    counted: int
+    order: Order
+    since: float
+    incoming: Incoming | None = None
+    committing: asyncio.Task[wire.Receipt] | None = None  # from then on nobody else may fail or withdraw it
+
+    def offer(self) -> wire.ConnectReply:
+        o = self.order
+        offer = wire.Offer(
+            nonce=self.nonce,
+            lease=o.lease,
+            run=o.run,
+            assignment=o.assignment.content,
+            counted=self.counted,
+            header=o.header,
+        )
+        return wire.ConnectReply(offer=offer)
+
+
+@dataclass(eq=False)
+class Session:
+    """One connection of one client."""
+
+    token: str
+    client: str
+    instance: str
+    peer: str
+    seen: float
+    outgoing: asyncio.Queue[wire.ConnectReply | None] = field(default_factory=asyncio.Queue)
+
+    def send(self, reply: wire.ConnectReply) -> None:
+        self.outgoing.put_nowait(reply)
+
+    def close(self, reason: str, advice: wire.Goodbye.Advice.ValueType) -> None:
+        self.send(wire.ConnectReply(goodbye=wire.Goodbye(reason=reason, advice=advice)))
+        self.outgoing.put_nowait(None)
+
+
+class Hub:
+    """``tell`` gets each event and must not block; ``spool`` is the folder for answers on their way in."""
+
+    def __init__(self, tell: Callable[[Event], None], spool: Path, heartbeat: float = 30.0) -> None:
+        self._tell, self._spool, self.heartbeat = tell, spool, heartbeat
+        self.known: dict[str, str] = {}  # every client that ever joined, with the identity it proved
+        self._sessions: dict[str, Session] = {}  # by token
+        self._present: dict[str, Session] = {}  # by client
+        self._seen: dict[str, float] = {}
+        self._open: dict[str, Assigned] = {}  # by nonce
+        self._blobs: dict[bytes, Blob] = {}
+
+    # --- connections -------------------------------------------------------------------------------------------------
+
+    @property
+    def present(self) -> Iterable[str]:
+        return self._present.keys()
+
+    def join(self, hello: wire.Hello, identity: str, peer: str) -> Session:
+        """Accept a client; Denied if it speaks another protocol or bears another's name."""
+        version = _common_version(hello)
+        _check_name(hello.client)
+        if self.known.setdefault(hello.client, identity) != identity:
+            raise Denied(
+                "PERMISSION_DENIED",
+                f"client {hello.client!r} belongs to the certificate of {self.known[hello.client]!r}, not of "
+                f"{identity!r}; give another name with --id",
+            )
+        before = self._present.get(hello.client)
+        session = Session(secrets.token_hex(16), hello.client, hello.instance, peer, time.monotonic())
+        if before is not None:
+            self._drop(before)
+            other = before.instance != hello.instance
+            advice = wire.Goodbye.REPLACED if other else wire.Goodbye.COME_BACK
+            before.close(f"another process has joined as {hello.client!r} from {peer}", advice)
+        self._sessions[session.token] = self._present[session.client] = session
+        self._seen[session.client] = session.seen
+        welcome = wire.Welcome(version=version, software=software(), session=session.token, heartbeat=self.heartbeat)
+        welcome.capabilities[:] = [name for name in hello.capabilities if name in CAPABILITIES]
+        session.send(wire.ConnectReply(welcome=welcome))
+        for assigned in self._open.values():
+            if assigned.client == session.client and assigned.committing is None:
+                session.send(assigned.offer())
+        if before is None:
+            self._tell(Joined(session.client, peer))
+        return session
+
+    def leave(self, session: Session, reason: str) -> None:
+        """The connection is gone; the client's task stays open until its lease ends."""
+        if self._drop(session):
+            self._tell(Left(session.client, reason))
+
+    def _drop(self, session: Session) -> bool:
+        self._sessions.pop(session.token, None)
+        if self._present.get(session.client) is not session:
+            return False
+        del self._present[session.client]
+        return True
+
+    def beat(self, session: Session) -> None:
+        """A sign of life renews the lease of what the client is at."""
+        self._sign(session)
+        if session.outgoing.qsize() < QUEUED:
+            session.send(wire.ConnectReply(heartbeat=wire.Heartbeat()))
+
+    def _sign(self, session: Session) -> None:
+        session.seen = self._seen[session.client] = time.monotonic()
+
+    def session(self, token: str) -> Session:
+        """Denied if there is no such connection (any more)."""
+        if token not in self._sessions:
+            raise Denied("UNAUTHENTICATED", "this connection is over; call Connect again and use its session")
+        return self._sessions[token]
+
+    def tick(self) -> None:
+        """Once in a while: find out who is gone, and whose task has ended without an answer."""
+        now = time.monotonic()
+        for session in list(self._present.values()):
+            if now - session.seen > MISSED * self.heartbeat:
+                session.close("no heartbeat", wire.Goodbye.COME_BACK)
+                self.leave(session, f"no heartbeat for {now - session.seen:.0f} s")
+        for assigned in list(self._open.values()):
+            if assigned.committing is not None:
+                continue
+            silent = now - max(assigned.since, self._seen.get(assigned.client, 0.0))
+            if assigned.order.ends is not None and now >= assigned.order.ends:
+                self._fail(assigned, f"client {assigned.client!r} did not answer before the deadline")
+            elif silent > assigned.order.lease:
+                self._fail(assigned, f"client {assigned.client!r} was lost: no sign of it for {silent:.0f} s")
+
+    def close(self, reason: str, advice: wire.Goodbye.Advice.ValueType) -> None:
+        """Say goodbye to everybody."""
+        for session in list(self._sessions.values()):
+            session.close(reason, advice)
+
+    # --- tasks -------------------------------------------------------------------------------------------------------
+
+    def ask(self, order: Order, clients: Mapping[str, int]) -> dict[str, str]:
+        """Offer the order's task; ``clients`` maps names to the round last counted. The nonces by client."""
+        self._blobs |= {blob.sha256: blob for blob in (order.assignment, order.payload)}
+        nonces = {}
+        for client, counted in clients.items():
+            assigned = Assigned(secrets.token_hex(8), client, counted, order, time.monotonic())
+            self._open[assigned.nonce] = assigned
+            nonces[client] = assigned.nonce
+            if client in self._present:
+                self._present[client].send(assigned.offer())
+        return nonces
+
+    def end(self, order: Order, reason: str) -> None:
+        """Withdraw what is still open, and forget the order's content."""
+        for assigned in [a for a in self._open.values() if a.order is order]:
+            if assigned.committing is None:
+                self._withdraw(assigned, reason)
+            self._forget(assigned)
+        self._blobs.pop(order.payload.sha256, None)
+
+    def _fail(self, assigned: Assigned, reason: str) -> None:
+        self._withdraw(assigned, reason)
+        self._forget(assigned)
+        self._tell(Failed(assigned.nonce, Failure(assigned.client, assigned.order.round, reason)))
+
+    def _withdraw(self, assigned: Assigned, reason: str) -> None:
+        session = self._present.get(assigned.client)
+        if session is not None:
+            session.send(wire.ConnectReply(withdrawal=wire.Withdrawal(nonce=assigned.nonce, reason=reason)))
+
+    def _forget(self, assigned: Assigned) -> None:
+        self._open.pop(assigned.nonce, None)
+        if assigned.incoming is not None and assigned.committing is None:
+            assigned.incoming.discard()
+
+    def blob(self, session: Session, sha256: bytes) -> Blob:
+        """What a client wants to fetch; Denied if it is not, or not any more, on offer."""
+        self._sign(session)
+        if sha256 not in self._blobs:
+            raise Denied("NOT_FOUND", "these bytes are not on offer any more: their round is over; wait for a new task")
+        return self._blobs[sha256]
+
+    # --- answers -----------------------------------------------------------------------------------------------------
+
+    def begin(self, session: Session, nonce: str, header: bytes) -> int:
+        """From which byte to go on. What the header claims is checked before anything is kept for it."""
+        assigned = self._assigned(session, nonce)
+        if assigned.incoming is not None and (assigned.committing is not None or assigned.incoming.header == header):
+            return assigned.incoming.offset
+        try:
+            content, sha256, total = content_of(header)
+            assigned.order.check(assigned.client, content, header, None)
+        except (CodecError, InvalidUpdate) as error:
+            self._fail(assigned, str(error))
+            raise Denied("INVALID_ARGUMENT", str(error)) from error
+        if assigned.incoming is not None:
+            assigned.incoming.discard()
+        assigned.incoming = Incoming(self._spool / f"{nonce}.payload", header, sha256, total)
+        return 0
+
+    def incoming(self, session: Session, nonce: str) -> Incoming:
+        """Where the next chunk goes."""
+        found = self._assigned(session, nonce)
+        if found.incoming is None or found.committing is not None:
+            raise Denied("FAILED_PRECONDITION", f"task {nonce!r} expects no bytes now; call Begin first")
+        return found.incoming
+
+    async def commit(self, session: Session, nonce: str) -> wire.Receipt:
+        """The receipt: the same answer counts once, however often it is committed."""
+        assigned = self._assigned(session, nonce)
+        if assigned.committing is not None:
+            receipt = await asyncio.shield(assigned.committing)
+            again = receipt.status == wire.Receipt.ACCEPTED
+            return wire.Receipt(status=wire.Receipt.DUPLICATE) if again else receipt
+        incoming = self.incoming(session, nonce)
+        if incoming.offset < incoming.total:
+            raise Denied("FAILED_PRECONDITION", f"{incoming.offset} of {incoming.total} bytes are here; send the rest")
+        # A task of its own: a caller that hangs up must not leave the answer half taken.
+        assigned.committing = asyncio.create_task(self._take(assigned, incoming))
+        return await asyncio.shield(assigned.committing)
+
+    async def _take(self, assigned: Assigned, incoming: Incoming) -> wire.Receipt:
+        receipt = wire.Receipt(status=wire.Receipt.ACCEPTED)
+        try:
+            failure = await asyncio.to_thread(_examine, assigned, incoming)
+        except (CodecError, InvalidUpdate) as error:
+            failure = Failure(assigned.client, assigned.order.round, str(error))
+            receipt = wire.Receipt(status=wire.Receipt.REJECTED, reason=str(error))
+        except OSError:  # the disk: the client may commit again
+            assigned.committing = None
+            raise
+        if assigned.nonce not in self._open:  # the order has ended meanwhile
+            incoming.discard()
+            raise Denied("NOT_FOUND", _over(assigned.nonce))
+        if failure is None:
+            self._tell(Answered(assigned.nonce, assigned.client, incoming.header, incoming.path))
+        else:
+            incoming.discard()
+            self._tell(Failed(assigned.nonce, failure))
+        return receipt
+
+    def _assigned(self, session: Session, nonce: str) -> Assigned:
+        self._sign(session)
+        assigned = self._open.get(nonce)
+        if assigned is None or assigned.client != session.client:
+            raise Denied("NOT_FOUND", _over(nonce))
+        return assigned
+
+
+def _examine(assigned: Assigned, incoming: Incoming) -> Failure | None:
+    """In a thread: the whole answer; the client's own failure, or None for one that may be counted."""
+    incoming.complete()
+    content, _, _ = content_of(incoming.header)
+    if content == "failure":
+        told = decode_failure(incoming.header)
+        return Failure(assigned.client, assigned.order.round, told.reason[:LONGEST], told.traceback[-LONGEST:])
+    assigned.order.check(assigned.client, content, incoming.header, mapped(incoming.path))
+    return None
+
+
+def _over(nonce: str) -> str:
+    return f"task {nonce!r} needs no answer any more: its round is over, or it was given up; wait for a new task"
+
+
+def _common_version(hello: wire.Hello) -> int:
+    common = set(hello.versions) & set(VERSIONS)
+    if not common:
+        older = max(hello.versions, default=0) < min(VERSIONS)
+        raise Denied(
+            "FAILED_PRECONDITION",
+            f"the client ({hello.software or 'unknown'}) speaks protocol {_list(hello.versions)}, this server "
+            f"({software()}) speaks {_list(VERSIONS)}; upgrade the {'client' if older else 'server'}",
+        )
+    return max(common)
+
+
+def _list(versions: Iterable[int]) -> str:
+    return ", ".join(map(str, versions)) or "none"
+
+
+def _check_name(client: str) -> None:
+    if not client or len(client) > 200 or not client.isprintable():
+        raise Denied("INVALID_ARGUMENT", f"{client[:80]!r} is no client name: 1 to 200 printable characters; set --id")

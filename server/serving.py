@@ -1,0 +1,116 @@
+"""The server's network side: an event loop in a thread of its own, so that summing never stops the heartbeats."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import queue
+import socket
+import tempfile
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, TypeVar
+
+from grpc import aio
+
+from shoal.protos import fleet_pb2 as wire
+from shoal.protos.errors import ConnectionRefused
+from shoal.protos.transport import SERVER, Address, Certificates
+from shoal.server.hub import Event, Hub
+from shoal.server.service import handlers
+
+__all__ = ["Serving"]
+
+T = TypeVar("T")
+TICK = 0.25  # seconds between two looks at leases and deadlines
+PARTING = 2.0  # seconds for clients to hear the goodbye
+
+
+class Serving:
+    """Listens from the moment it is made until :meth:`close`. :attr:`events` is all that comes back.
+
+    Answers on their way in lie in a folder below ``spool``. ConnectionRefused if the address cannot be had.
+    """
+
+    def __init__(
+        self, address: Address, certificates: Certificates | None, spool: Path, *, heartbeat: float = 30.0
+    ) -> None:
+        self.address, self._certificates = address, certificates
+        _check_free(address)
+        self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        spool.mkdir(parents=True, exist_ok=True)
+        self._spool = tempfile.TemporaryDirectory(prefix=".spool-", dir=spool)
+        self.hub = Hub(self.events.put, Path(self._spool.name), heartbeat)
+        self._goodbye = (wire.Goodbye.COME_BACK, "the server stops")
+        started: Future[int] = Future()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._main(started)), name="shoal-grpc", daemon=True)
+        self._thread.start()
+        try:
+            self.address = Address(address.host, started.result())
+        except BaseException:
+            self._thread.join()
+            self._spool.cleanup()
+            raise
+
+    async def _main(self, started: Future[int]) -> None:
+        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        server = aio.server(options=SERVER)
+        server.add_generic_rpc_handlers((handlers(self.hub),))
+        try:
+            if self._certificates is None:
+                port = server.add_insecure_port(str(self.address))
+            else:
+                port = server.add_secure_port(str(self.address), self._certificates.for_server())
+            await server.start()
+        except Exception as error:
+            started.set_exception(ConnectionRefused(f"cannot listen on {self.address}: {error}"))
+            return
+        started.set_result(port)
+        ticking = asyncio.create_task(self._tick())
+        await self._stop.wait()
+        ticking.cancel()
+        advice, reason = self._goodbye
+        self.hub.close(reason, advice)
+        await server.stop(PARTING)
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(TICK)
+            self.hub.tick()
+
+    def call(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Run a function of the hub on its loop, from any other thread."""
+
+        async def run() -> T:
+            return function(*arguments)
+
+        return asyncio.run_coroutine_threadsafe(run(), self._loop).result()
+
+    def close(self, finished: bool = False) -> None:
+        """Say goodbye and stop; may be called twice."""
+        if finished:
+            self._goodbye = (wire.Goodbye.FINISHED, "all runs are finished")
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join()
+        self._spool.cleanup()
+
+
+def _check_free(address: Address) -> None:
+    """gRPC says only that it failed to bind; the system says why."""
+    try:
+        found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except socket.gaierror as error:
+        raise ConnectionRefused(f"there is no host {address.host!r} to listen on ({error.strerror})") from error
+    family, kind, protocol, _, place = found[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(place)
+        except OSError as error:
+            raise ConnectionRefused(
+                f"cannot listen on {address} ({error.strerror}); choose another address with --listen, or stop the "
+                f"program that uses it"
+            ) from error

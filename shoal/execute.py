@@ -1,0 +1,128 @@
+"""One run, from a point on to its end or to an interrupt: what simulation and deployment have in common."""
+
+from __future__ import annotations
+
+import os
+import platform
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from types import FrameType
+from typing import Any
+
+from shoal.compose import Composition
+from shoal.progress import Display, Opening
+from shoal.protos.parameters import Segment
+from shoal.run import Run, summarise
+from shoal.server.checkpoints import Checkpoint
+from shoal.server.coordinator import Coordinator
+from shoal.server.fleet import Fleet
+from shoal.server.runs import RunFolder
+
+__all__ = ["Execution", "environment", "versions"]
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a run is to be executed.
+
+    ``engine`` and ``population`` are what is shown of the clients. ``ready`` is called before the first round and
+    returns when it may begin. ``grace`` is how many seconds a round gets to end after an interrupt; None: any time.
+    """
+
+    composition: Composition
+    folder: RunFolder
+    show: Display
+    engine: str
+    population: int
+    make_fleet: Callable[[], Fleet]
+    ready: Callable[[Coordinator], None] = lambda coordinator: None
+    grace: float | None = None
+
+    def run(self, point: Checkpoint) -> Run:
+        """To the end or to an interrupt; the summary says which, whatever happens."""
+        experiment, folder, show = self.composition.experiment, self.folder, self.show
+        began, status = time.perf_counter(), "failed"
+        folder.write("summary.json", {"status": "running", "name": experiment.name})
+        try:
+            size, shards = point.layout.size(Segment.TRAINABLE), self.composition.shards
+            show.starting(Opening(folder.path, experiment, self.population, size, self.engine, shards))
+            with closing(self.make_fleet()) as fleet:
+                coordinator = self.composition.coordinator(fleet, point, [folder, show])
+                with _interruptible(coordinator, show, self.grace):
+                    self.ready(coordinator)
+                    point = coordinator.run()
+            status = "finished" if point.round >= experiment.rounds else "interrupted"
+        except KeyboardInterrupt:
+            status = "interrupted"
+            raise
+        finally:
+            ended = {"status": status, "name": experiment.name, "wall_seconds": time.perf_counter() - began}
+            folder.write("summary.json", summarise(folder, experiment.target) | ended)
+            show.close()
+            if status != "failed":
+                show.finished(Run(folder.path))
+        return Run(folder.path)
+
+
+@contextmanager
+def _interruptible(coordinator: Coordinator, show: Display, grace: float | None) -> Iterator[None]:
+    """First Ctrl-C (or SIGTERM): stop after this round. Second, or the end of the grace: abandon it.
+
+    Never in the middle of a commit.
+    """
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if coordinator.stopping and not coordinator.committing:
+            raise KeyboardInterrupt
+        if not coordinator.stopping:
+            coordinator.stop()
+            show.note("stopping after this round; Ctrl-C again to abandon it")
+        if grace is not None:
+            signal.setitimer(signal.ITIMER_REAL, grace, 0.1)  # again at once if it comes during a commit
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = [signal.SIGINT, signal.SIGTERM, *([] if grace is None else [signal.SIGALRM])]
+    before = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield
+    finally:
+        if grace is not None:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def versions() -> dict[str, str]:
+    """Of what a result may depend on."""
+    found = {"python": platform.python_version()}
+    for package in ("shoal", "torch", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "unknown"
+    return found
+
+
+def environment(composition: Composition, engine: str, workers: int, population: int | None) -> dict[str, Any]:
+    """What ``env.json`` says."""
+    return {
+        "engine": engine,
+        "workers": workers,
+        "versions": versions(),
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "command": sys.argv,
+        "population": population,
+        "parameters": composition.initial.layout.size(Segment.TRAINABLE),
+        "layout": composition.initial.layout.hash,
+        "shards": composition.shards,
+    }

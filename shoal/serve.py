@@ -1,0 +1,152 @@
+"""Serving an experiment: the same rounds as a simulation, with clients that call from wherever they are."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from shoal.compose import Composition
+from shoal.execute import Execution, environment
+from shoal.experiment import Experiment
+from shoal.progress import Display, display
+from shoal.protos.errors import ExperimentError
+from shoal.protos.transport import Address, check_exposure
+from shoal.run import Run
+from shoal.server.coordinator import Coordinator
+from shoal.server.fleet import Fleet
+from shoal.server.hub import Event, Joined, Left
+from shoal.server.remote import RemoteFleet, Terms
+from shoal.server.runs import RunFolder
+from shoal.server.serving import Serving
+
+__all__ = ["Door", "serve", "served"]
+
+FEW = 20  # clients, up to which each that comes or goes is worth a line
+GRACE = 60.0  # seconds for a round to end after SIGTERM, before systemd and its like kill (90 s)
+
+
+@dataclass(frozen=True)
+class Door:
+    """Where and how clients come in.
+
+    ``wait_for`` is how many must be connected before the first round (None: a cohort); ``lease`` how many seconds the
+    server waits for a sign of a client that is gone.
+    """
+
+    listen: str
+    tls: str | None = None
+    insecure: bool = False
+    force: bool = False
+    wait_for: int | None = None
+    lease: float = 90.0
+    heartbeat: float = 30.0
+
+    def __post_init__(self) -> None:
+        for name in ("lease", "heartbeat"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ExperimentError(f"{name} is {getattr(self, name)}; it must be a number of seconds above 0")
+
+    def open(self, spool: Path) -> Serving:
+        """Listen; ConnectionRefused if that is not possible or not safe."""
+        address = Address.parse(self.listen)
+        tls = None if self.tls is None else Path(self.tls)
+        certificates = check_exposure(address, tls, self.insecure, self.force)
+        return Serving(address, certificates, spool, heartbeat=self.heartbeat)
+
+    def clients_needed(self, experiment: Experiment) -> int:
+        """How many clients to wait for; ExperimentError if so few could never make a round."""
+        least = max(1, math.ceil(experiment.cohort * experiment.quorum - 1e-9))
+        wanted = experiment.cohort if self.wait_for is None else self.wait_for
+        if wanted < least:
+            raise ExperimentError(f"--wait-for is {wanted}, but a round needs {least} updates; wait for as many")
+        return wanted
+
+
+def serve(experiments: Sequence[Experiment], door: Door, *, out: Path, progress: str) -> list[Run]:
+    """Run experiments one after the other on the clients that are connected; see :meth:`shoal.Experiment.serve`.
+
+    Everything is checked before the first client is let in. After an interrupt the experiments that are left are not
+    begun.
+    """
+    # A round with devices is dearer than a checkpoint.
+    compositions = [Composition(replace(experiment, checkpoint_every=1)) for experiment in experiments]
+    for composition in compositions:
+        composition.experiment.assignment(composition.data)
+        door.clients_needed(composition.experiment)
+    runs, show = list[Run](), display(progress)
+    with _open(door, out) as serving:
+        for composition in compositions:
+            with closing(RunFolder.create(out, composition.experiment.name)) as folder:
+                folder.claim()
+                folder.write("experiment.toml", composition.experiment.toml())
+                name = secrets.token_hex(8)  # for its clients, who keep a state for each run
+                facts = {"run": name, "served": asdict(door)}
+                folder.write("env.json", environment(composition, "grpc", 0, None) | facts)
+                execution = _execution(composition, folder, serving, door, name, show)
+                runs.append(execution.run(composition.start()))
+            if runs[-1].status != "finished":
+                break
+    return runs
+
+
+@contextmanager
+def served(composition: Composition, folder: RunFolder, recorded: dict[str, Any], show: Display) -> Iterator[Execution]:
+    """A run that was served before, at the same address and with the same name to its clients."""
+    door = Door(**recorded["served"])
+    with _open(door, folder.path.parent) as serving:
+        yield _execution(composition, folder, serving, door, recorded["run"], show)
+
+
+@contextmanager
+def _open(door: Door, out: Path) -> Iterator[Serving]:
+    serving = door.open(out)
+    try:
+        yield serving
+        serving.close(finished=True)
+    finally:
+        serving.close()
+
+
+def _execution(
+    composition: Composition, folder: RunFolder, serving: Serving, door: Door, run: str, show: Display
+) -> Execution:
+    needed, roster = door.clients_needed(composition.experiment), _Roster(folder, show)
+    fleets = list[RemoteFleet]()
+
+    def make_fleet() -> Fleet:
+        e, data = composition.experiment, composition.data
+        terms = Terms(run, e.assignment(data).encode(), e.strategy, composition.initial, door.lease)
+        fleets.append(RemoteFleet(serving, terms, () if data is None else data.clients, roster.hear))
+        return fleets[0]
+
+    def ready(coordinator: Coordinator) -> None:
+        fleets[0].wait_for(needed, lambda present: show.waiting(present, needed), lambda: coordinator.stopping)
+        roster.quiet = len(fleets[0].reachable) > FEW
+
+    way = "mutual TLS" if door.tls else "plain text"
+    engine = f"clients over gRPC at {serving.address}, {way}"
+    return Execution(composition, folder, show, engine, needed, make_fleet, ready, GRACE)
+
+
+class _Roster:
+    """Keeps who came and went; a crowd's coming and going is not worth a line each."""
+
+    def __init__(self, folder: RunFolder, show: Display) -> None:
+        self._folder, self._show, self.quiet = folder, show, True
+
+    def hear(self, event: Event) -> None:
+        if isinstance(event, Joined):
+            self._folder.log("client joined", client=event.client, peer=event.peer)
+            self._note(f"client {event.client!r} joined from {event.peer}")
+        elif isinstance(event, Left):
+            self._folder.log("client left", client=event.client, reason=event.reason)
+            self._note(f"client {event.client!r} left: {event.reason}")
+
+    def _note(self, text: str) -> None:
+        if not self.quiet:
+            self._show.note(text)

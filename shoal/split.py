@@ -1,0 +1,40 @@
+"""An experiment's data as files, one for each client: what a device would hold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+
+from shoal.client.sources import write_shard
+from shoal.experiment import Experiment
+from shoal.protos.errors import DataError, ExperimentError
+from shoal.simulations.datasets import Dataset
+
+__all__ = ["split"]
+
+
+def split(experiment: Path, overrides: Sequence[str], folder: Path, replace: bool) -> list[str]:
+    """Write the shards that ``shoal simulate`` would train on; sentences about them.
+
+    DataError if the folder holds other shards already, unless they may be replaced.
+    """
+    loaded = Experiment.from_file(experiment, overrides)
+    if loaded.data is None:
+        raise ExperimentError(f"{str(experiment)!r} has no [data] to split")
+    data = loaded.data.split(loaded.seed) if isinstance(loaded.data, Dataset) else loaded.data
+    folder.mkdir(parents=True, exist_ok=True)
+    there = list(folder.glob("*.npz"))
+    if there and not replace:
+        raise DataError(f"{str(folder)!r} holds {len(there)} shards already; take another folder, or --replace them")
+    for old in there:
+        old.unlink()
+    paths, sizes = list[Path](), list[int]()
+    for client in data.clients:
+        shard = data.shard(client)
+        paths.append(write_shard(folder, client, shard))
+        sizes.append(len(shard))
+    return [
+        f"{len(paths)} shards of {min(sizes)} to {max(sizes)} examples (median {median(sizes):.0f}) in {folder}",
+        f"one client of them: shoal client --connect HOST:PORT --data {paths[0]}",
+    ]
