@@ -63,5 +63,5 @@ def _plain(connection: socket.socket, address: Address) -> str | None:
     if len(answer) >= 4 and answer[3] == 4:  # a SETTINGS frame
         return None
     return (
-        f"what answers at {address} speaks no gRPC in plain text; give --tls DIR if it uses TLS, or correct --connect"
+        f"what answers at {address} speaks no plain gRPC; give --tls DIR if it uses TLS, or correct --connect"
     )
