@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from shoal.client.client import Client as Client
     from shoal.client.client import Work as Work
     from shoal.client.local import LocalTraining as LocalTraining
+    from shoal.comparing import compare as compare
+    from shoal.comparison import Comparison as Comparison
     from shoal.experiment import Experiment as Experiment
     from shoal.protos.errors import ShoalError as ShoalError
     from shoal.protos.experiment import Evaluation as Evaluation
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Client": "shoal.client.client",
+    "Comparison": "shoal.comparison",
     "Evaluation": "shoal.protos.experiment",
     "Dirichlet": "shoal.simulations.partitioners",
     "DirichletMix": "shoal.simulations.partitioners",
@@ -58,11 +61,13 @@ _HOMES = {
     "Strategy": "shoal.strategies.base",
     "Uniform": "shoal.strategies.selectors",
     "Work": "shoal.client.client",
+    "compare": "shoal.comparing",
     "resume": "shoal.simulate",
 }
 
 __all__ = [
     "Client",
+    "Comparison",
     "Dirichlet",
     "DirichletMix",
     "Evaluation",
@@ -84,6 +89,7 @@ __all__ = [
     "Strategy",
     "Uniform",
     "Work",
+    "compare",
     "datasets",
     "resume",
 ]

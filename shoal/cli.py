@@ -43,6 +43,32 @@ def simulate(
 
 
 @app.command()
+def compare(
+    experiment: Annotated[Path, typer.Argument(help="An experiment file (TOML).")],
+    strategies: Annotated[
+        str, typer.Option(help="fedavg,fedprox:mu=0.1,my.py:MyStrategy; differences are to the first.")
+    ],
+    overrides: Overrides = None,
+    seeds: Annotated[int, typer.Option(help="How many, from the experiment's own on.")] = 3,
+    target: Annotated[str | None, typer.Option(metavar="METRIC=VALUE", help="When is it reached? accuracy=0.8")] = None,
+    workers: Annotated[int | None, typer.Option(help="Worker processes. [default: one a core]")] = None,
+    out: Out = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """Run an experiment with several strategies under the same seeds, and write a report."""
+    from shoal.arms import split
+    from shoal.comparing import compare as run
+    from shoal.grid import read
+    from shoal.protos.errors import RunError
+
+    loaded = read(experiment, overrides or [], target)
+    done = run(loaded, split(strategies), seeds=seeds, workers=workers, out=out, progress="json" if as_json else "auto")
+    if done.status == "failed":
+        raise RunError(done.problem)
+    raise typer.Exit(0 if done.status == "finished" else 130)
+
+
+@app.command()
 def resume(
     run: Annotated[Path, typer.Argument(help="A run folder, or runs/7 for runs/0007-name.")],
     rounds: Annotated[int | None, typer.Option(help="Make the run longer.")] = None,
