@@ -7,7 +7,7 @@ import sys
 import textwrap
 import time
 import traceback
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -75,8 +75,7 @@ class _Named(io.TextIOBase):
         self._file, self._name = file, name
 
     def write(self, text: str) -> int:
-        self._file.write(textwrap.indent(text, f"{self._name} | "))
+        with suppress(BrokenPipeError):  # whoever reads may stop reading: the cell goes on
+            self._file.write(textwrap.indent(text, f"{self._name} | "))
+            self._file.flush()
         return len(text)
-
-    def flush(self) -> None:
-        self._file.flush()

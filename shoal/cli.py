@@ -45,9 +45,7 @@ def simulate(
 @app.command()
 def compare(
     experiment: Annotated[Path, typer.Argument(help="An experiment file (TOML).")],
-    strategies: Annotated[
-        str, typer.Option(help="fedavg,fedprox:mu=0.1,my.py:MyStrategy; differences are to the first.")
-    ],
+    strategies: Annotated[str, typer.Option(help="Such as fedavg,fedprox:mu=0.1; differences are to the first.")],
     overrides: Overrides = None,
     seeds: Annotated[int, typer.Option(help="How many, from the experiment's own on.")] = 3,
     target: Annotated[str | None, typer.Option(metavar="METRIC=VALUE", help="When is it reached? accuracy=0.8")] = None,

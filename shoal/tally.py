@@ -79,7 +79,8 @@ class Plain(Tally):
             self.note(f"{cell['arm']}, seed {cell['seed']} {said}\n{cell['traceback']}".rstrip())
             return
         metric = main_metric([cell], self._grid.target)
-        value = f"{metric.removeprefix('test_')} {cell['last'][metric]:.4f}"
+        last = cell["last"].get(metric)  # None if it never was finite
+        value = f"{metric.removeprefix('test_')} {'–' if last is None else f'{last:.4f}'}"
         count = f"cell {self._done}/{len(self._grid.cells)}"
         self.console.print(
             f"{count}  {cell['arm']}, seed {cell['seed']}  {value}  {cell['seconds']:.1f} s", markup=False
