@@ -24,7 +24,7 @@ from shoal.protos.transport import CAPABILITIES, CHANNEL, VERSIONS, Address, Cer
 
 __all__ = ["Link"]
 
-SLOWEST = 30.0  # seconds between two attempts
+SLOWEST = 10.0  # seconds between two attempts
 HELLO = 20.0  # seconds for the server to answer a Hello
 MISSED = 3  # heartbeats without an answer, after which the connection is taken for dead
 FINAL = frozenset(

@@ -66,6 +66,89 @@ def compare(
     raise typer.Exit(0 if done.status == "finished" else 130)
 
 
+Tls = Annotated[Path | None, typer.Option(metavar="DIR", help="Mutual TLS: a folder with ca.pem, cert.pem, key.pem.")]
+Insecure = Annotated[bool, typer.Option("--insecure", help="Plain text; on this machine only, unless forced.")]
+Force = Annotated[bool, typer.Option("--force", help="With --insecure: beyond this machine.")]
+
+
+@app.command()
+def server(
+    experiments: Annotated[
+        list[str],
+        typer.Argument(metavar="EXPERIMENT... [KEY=VALUE]...", help="Files, run one after the other; changes."),
+    ],
+    listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where clients call.")] = "127.0.0.1:8470",
+    wait_for: Annotated[int | None, typer.Option(help="Clients before the first round. [default: a cohort]")] = None,
+    tls: Tls = None,
+    insecure: Insecure = False,
+    force: Force = False,
+    lease: Annotated[float, typer.Option(help="Seconds without a sign after which a client's task is lost.")] = 90.0,
+    heartbeat: Annotated[float, typer.Option(help="Seconds between two signs of a client.")] = 30.0,
+    out: Out = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """Run experiments on clients that connect."""
+    from shoal.experiment import Experiment
+    from shoal.serve import Door, serve
+
+    files, overrides = [e for e in experiments if "=" not in e], [e for e in experiments if "=" in e]
+    loaded = [Experiment.from_file(file, overrides) for file in files]
+    door = Door(listen, None if tls is None else str(tls.resolve()), insecure, force, wait_for, lease, heartbeat)
+    runs = serve(loaded, door, out=out, progress="json" if as_json else "auto")
+    raise typer.Exit(0 if all(run.status == "finished" for run in runs) and len(runs) == len(loaded) else 130)
+
+
+@app.command()
+def client(
+    connect: Annotated[str, typer.Option(metavar="HOST:PORT", help="The server.")],
+    data: Annotated[str, typer.Option(metavar="SPEC", help="A shard, table, image folder or reader; see the docs.")],
+    options: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="The reader's arguments: label=outcome")
+    ] = None,
+    name: Annotated[str | None, typer.Option("--id", help="This client's name. [default: the shard's]")] = None,
+    tls: Tls = None,
+    insecure: Insecure = False,
+    force: Force = False,
+    allow: Annotated[
+        list[str] | None, typer.Option(metavar="FILE.py:NAME", help="Code of mine that a server may ask for.")
+    ] = None,
+    simulate: Annotated[int | None, typer.Option(metavar="N", help="Host N clients, of a folder of shards.")] = None,
+    skip: Annotated[int, typer.Option(help="With --simulate: leave out the first shards.")] = 0,
+    state: Annotated[Path | None, typer.Option(help="What this client keeps. [default: in ~/.local/state]")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that train. [default: 1; hosting: one a core]")] = None,
+    device: Annotated[str, typer.Option(help="A torch device.")] = "cpu",
+    once: Annotated[bool, typer.Option("--once", help="End when the server has finished its runs.")] = False,
+    patience: Annotated[float | None, typer.Option(help="Seconds without a server, then give up.")] = None,
+) -> None:
+    """Take part with data of this machine."""
+    from shoal.connect import Request
+    from shoal.connect import connect as take_part
+
+    request = Request(
+        *(connect, data, options or (), name, tls, insecure, force, allow or (), simulate, skip),
+        *(state, workers, device, once, patience),
+    )
+    take_part(request)
+
+
+data_app = typer.Typer(no_args_is_help=True, help="Data of an experiment.")
+app.add_typer(data_app, name="data")
+
+
+@data_app.command()
+def split(
+    experiment: Annotated[Path, typer.Argument(help="An experiment file (TOML).")],
+    to: Annotated[Path, typer.Option(metavar="DIR", help="Where the shards go, a file a client.")],
+    overrides: Overrides = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Drop shards that are there.")] = False,
+) -> None:
+    """Write each client's shard to a file of its own, as a simulation would split the data."""
+    from shoal.split import split as write
+
+    for line in write(experiment, overrides or [], to, replace):
+        print(line)
+
+
 @app.command()
 def resume(
     run: Annotated[Path, typer.Argument(help="A run folder, or runs/7 for runs/0007-name.")],
@@ -144,7 +227,7 @@ def _options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    """Federated learning for PyTorch: simulate many clients on this machine."""
+    """Federated learning for PyTorch: simulate many clients, deploy them, compare strategies."""
 
 
 def main() -> None:

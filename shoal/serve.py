@@ -85,12 +85,13 @@ def serve(experiments: Sequence[Experiment], door: Door, *, out: Path, progress:
                 folder.claim()
                 folder.write("experiment.toml", composition.experiment.toml())
                 name = secrets.token_hex(8)  # for its clients, who keep a state for each run
-                facts = {"run": name, "served": asdict(door)}
+                facts = {"run": name, "served": asdict(door) | {"listen": str(serving.address)}}
                 folder.write("env.json", environment(composition, "grpc", 0, None) | facts)
                 execution = _execution(composition, folder, serving, door, name, show)
                 runs.append(execution.run(composition.start()))
             if runs[-1].status != "finished":
-                break
+                return runs
+        serving.close(finished=True)
     return runs
 
 
@@ -100,6 +101,8 @@ def served(composition: Composition, folder: RunFolder, recorded: dict[str, Any]
     door = Door(**recorded["served"])
     with _open(door, folder.path.parent) as serving:
         yield _execution(composition, folder, serving, door, recorded["run"], show)
+        if Run(folder.path).status == "finished":
+            serving.close(finished=True)
 
 
 @contextmanager
@@ -107,7 +110,6 @@ def _open(door: Door, out: Path) -> Iterator[Serving]:
     serving = door.open(out)
     try:
         yield serving
-        serving.close(finished=True)
     finally:
         serving.close()
 

@@ -1,0 +1,107 @@
+"""Servers and clients as a user starts them: processes of the ``shoal`` command on the loopback."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+SHOAL = "import sys; sys.argv[0] = 'shoal'; from shoal.cli import main; main()"
+PATIENCE = 60.0  # seconds, for machines that do other things too
+
+
+class Process:
+    """A running command whose lines can be waited for."""
+
+    def __init__(self, folder: Path, words: tuple[str, ...]) -> None:
+        command = [sys.executable, "-c", SHOAL, *words]
+        environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+        self.lines = list[str]()
+        self._process = subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        self._heard, self._ended = threading.Condition(), False
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            with self._heard:
+                self.lines.append(line.rstrip())
+                self._heard.notify_all()
+        with self._heard:
+            self._ended = True
+            self._heard.notify_all()
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.lines)
+
+    def wait_for(self, words: str, times: int = 1) -> str:
+        """The line that says so for the nth time."""
+
+        def found() -> list[str]:
+            return [line for line in self.lines if words in line]
+
+        with self._heard:
+            self._heard.wait_for(lambda: len(found()) >= times or self._ended, PATIENCE)
+            assert len(found()) >= times, f"never said {words!r}:\n{self.text}"
+            return found()[times - 1]
+
+    @property
+    def address(self) -> str:
+        """Where a server that was given port 0 listens."""
+        return self.wait_for("clients over gRPC at ").partition("clients over gRPC at ")[2].partition(",")[0]
+
+    def wait(self) -> int:
+        """The exit code."""
+        try:
+            code = self._process.wait(PATIENCE)
+        except subprocess.TimeoutExpired as error:
+            raise AssertionError(f"it never ended:\n{self.text}") from error
+        self._reader.join()
+        return code
+
+    def signal(self, number: int) -> None:
+        self._process.send_signal(number)
+
+    def kill(self) -> None:
+        """As a power cut would."""
+        self._process.kill()
+        self.wait()
+
+    def end(self) -> None:
+        if self._process.poll() is None:
+            self.signal(signal.SIGTERM)
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+        self._process.wait()
+        self._reader.join()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+
+
+Start = Callable[..., Process]  # its arguments are the words behind "shoal"
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts ``shoal WORDS`` in the test's folder; everything is ended with the test."""
+    started = list[Process]()
+
+    def run(*words: object) -> Process:
+        started.append(Process(tmp_path, tuple(map(str, words))))
+        return started[-1]
+
+    yield run
+    for process in started:
+        process.end()

@@ -1,0 +1,220 @@
+"""The same experiment with a server and clients that are processes of their own."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+
+import shoal
+from shoal.protos import registry
+
+if TYPE_CHECKING:
+    from tests.shoal.conftest import Process, Start
+
+CLIENTS = ["a", "b", "c"]
+EXPERIMENT = """
+name = "tiny"
+rounds = {rounds}
+cohort = 3
+{more}
+[data]
+name = "csv"
+path = "all.csv"
+label = "y"
+client = "site"
+test_fraction = 0.2
+client_test = 0.2
+[model]
+name = "{model}"
+[local]
+lr = 0.1
+batch_size = 4
+[strategy]
+name = "{strategy}"
+[evaluation]
+clients_every = {clients_every}
+"""
+
+# A client whose training waits at a gate: a pipe that the test opens.
+GATED = """
+import torch
+import shoal
+
+class Gated(shoal.Client):
+    def fit(self, work):
+        if work.client == "b" and work.round == 2:
+            print("client b is at the gate", flush=True)
+            open("gate").close()
+        optimizer = torch.optim.SGD(work.model.parameters(), lr=0.1)
+        for x, y in work.batches():
+            work.step(torch.nn.functional.cross_entropy(work.model(x), y), optimizer)
+
+class Broken(shoal.Client):
+    def fit(self, work):
+        if work.client == "b":
+            raise KeyError("column 'age'")
+        Gated().fit(work)
+"""
+GATE = 'client = "gated.py:Gated"'
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A folder with a table of three sites and a shard file for each."""
+    rng = np.random.default_rng(0)
+    rows = [f"{rng.normal():.4f},{rng.normal():.4f},{rng.integers(2)},{site}" for site in CLIENTS for _ in range(20)]
+    (tmp_path / "all.csv").write_text("u,v,y,site\n" + "\n".join(rows) + "\n")
+    (tmp_path / "gated.py").write_text(GATED)
+    os.mkfifo(tmp_path / "gate")
+    return tmp_path
+
+
+def write(place: Path, strategy: str = "fedavg", **changes: object) -> Path:
+    path = place / f"{strategy}.toml"
+    settings = {"rounds": 3, "model": "linear", "clients_every": 2, "more": ""} | changes
+    path.write_text(EXPERIMENT.format(strategy=strategy, **settings))
+    return path
+
+
+@pytest.fixture
+def shards(place: Path, start: Start, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(place)
+    done = start("data", "split", write(place), "--to", "shards")
+
+    assert done.wait() == 0, done.text
+    return place / "shards"
+
+
+def serve(start: Start, *experiments: Path, wait_for: int = 3, more: tuple[str, ...] = ()) -> Process:
+    listen = ("--listen", "127.0.0.1:0", "--insecure", "--heartbeat", 1, "--wait-for", wait_for)
+    return start("server", *experiments, *listen, *more)
+
+
+def join(start: Start, server: Process, shard: Path, *more: str) -> Process:
+    state = ("--state", shard.parent / "state")
+    return start("client", "--connect", server.address, "--insecure", "--data", shard, "--once", *state, *more)
+
+
+def crowd(start: Start, server: Process, folder: Path, count: int = 3, *more: str) -> Process:
+    host = ("--simulate", count, "--state", folder.parent / "hosted", "--workers", 1)
+    return start("client", "--connect", server.address, "--insecure", "--data", folder, "--once", *host, *more)
+
+
+def bits(run: shoal.Run) -> tuple[bytes, str, str]:
+    """The final model and everything that was recorded but time."""
+    timeless = [name for name in run.metrics.columns if "seconds" not in name]
+    return run.parameters.trainable.numpy().tobytes(), run.metrics[timeless].to_csv(), run.clients.to_csv()
+
+
+def simulated(path: Path, out: str = "simulated") -> shoal.Run:
+    return shoal.Experiment.from_file(path).simulate(engine="lean", workers=0, out=out, progress="none")
+
+
+@pytest.mark.slow
+def test_every_strategy_ends_with_the_bits_of_a_simulation(start: Start, shards: Path) -> None:
+    names = registry.names("shoal.strategies")
+    files = [write(shards.parent, name, model="mlp") for name in names]
+    server = serve(start, *files)  # one after the other, on the same clients
+    clients = [join(start, server, shards / f"{name}.npz") for name in CLIENTS]
+
+    assert server.wait() == 0, server.text
+    assert [client.wait() for client in clients] == [0, 0, 0]
+    for number, path in enumerate(files, 1):
+        assert bits(shoal.Run(f"runs/{number}")) == bits(simulated(path)), path
+
+
+@pytest.mark.slow
+def test_hosted_and_real_clients_are_one_population(start: Start, shards: Path) -> None:
+    server = serve(start, write(shards.parent))
+    hosted = crowd(start, server, shards, 2, "--skip", "1")
+    alone = join(start, server, shards / "a.npz")
+
+    assert (server.wait(), hosted.wait(), alone.wait()) == (0, 0, 0), server.text
+    assert bits(shoal.Run("runs/1")) == bits(simulated(shards.parent / "fedavg.toml"))
+
+
+@pytest.mark.slow
+def test_a_client_killed_in_a_round_and_started_again_leaves_no_trace(start: Start, shards: Path) -> None:
+    path = write(shards.parent, "scaffold", more=GATE)
+    server = serve(start, path)
+    hosted = crowd(start, server, shards, 3, "--allow", "gated.py:Gated")
+    hosted.wait_for("at the gate")
+    hosted.kill()
+    server.wait_for("left", 3)
+    again = crowd(start, server, shards, 3, "--allow", "gated.py:Gated")
+    again.wait_for("at the gate")
+    (shards.parent / "gate").open("w").close()
+
+    assert (server.wait(), again.wait()) == (0, 0), server.text
+    gate = os.open("gate", os.O_RDWR)  # opened at both ends: nobody waits there
+    expected = simulated(path)
+    os.close(gate)
+    assert bits(shoal.Run("runs/1")) == bits(expected)
+    assert shoal.Run("runs/1").failures.empty
+
+
+@pytest.mark.slow
+def test_a_client_that_never_answers_costs_one_deadline(start: Start, shards: Path) -> None:
+    path = write(shards.parent, more=f"deadline = 6\nquorum = 0.6\n{GATE}", clients_every=0)
+    server = serve(start, path)
+    others = [join(start, server, shards / f"{name}.npz", "--allow", "gated.py:Gated") for name in CLIENTS]
+
+    assert server.wait() == 0, server.text
+    run = shoal.Run("runs/1")
+    assert run.metrics["counted"].to_list()[1:] == [3, 2, 3]
+    assert run.failures["reason"].to_list() == ["client 'b' did not answer before the deadline"]
+    assert 6 <= run.metrics["train_seconds"][2] < 8
+    assert [client.wait() for client in others] == [0, 0, 0]
+
+
+@pytest.mark.slow
+def test_a_server_that_is_stopped_ends_its_round_and_goes_on_later(start: Start, shards: Path) -> None:
+    path = write(shards.parent, "scaffold", rounds=4, more=GATE)
+    server = serve(start, path)
+    hosted = crowd(start, server, shards, 3, "--allow", "gated.py:Gated")
+    hosted.wait_for("at the gate")
+    server.signal(signal.SIGTERM)
+    server.wait_for("stopping after this round")
+    (shards.parent / "gate").open("w").close()
+
+    assert server.wait() == 130, server.text
+    assert shoal.Run("runs/1").status == "interrupted"
+    assert shoal.Run("runs/1").summary["rounds"] == 2
+    resumed = start("resume", "runs/1")
+    assert resumed.wait() == 0, resumed.text
+    assert hosted.wait() == 0, hosted.text
+    gate = os.open("gate", os.O_RDWR)
+    expected = simulated(path)
+    os.close(gate)
+    assert bits(shoal.Run("runs/1")) == bits(expected)
+
+
+@pytest.mark.slow
+def test_a_clients_error_is_read_at_the_server(start: Start, shards: Path) -> None:
+    path = write(shards.parent, rounds=1, more='quorum = 0.6\nclient = "gated.py:Broken"')
+    server = serve(start, path)
+    hosted = crowd(start, server, shards, 3, "--allow", "gated.py:Broken")
+
+    assert (server.wait(), hosted.wait()) == (0, 0), server.text
+    assert "client 'b' raised KeyError in round 1" in server.text
+    assert "raise KeyError(\"column 'age'\")" in server.text
+    assert shoal.Run("runs/1").metrics["counted"][1] == 2
+
+
+@pytest.mark.slow
+def test_code_that_the_owner_did_not_allow_is_not_run(start: Start, shards: Path) -> None:
+    (shards.parent / "gated.py").write_text(GATED + "\nopen('was imported', 'w')\n")
+    path = write(shards.parent, rounds=1, more=GATE)
+    server = serve(start, path)
+    (shards.parent / "was imported").unlink(missing_ok=True)  # by the server, which composed the experiment
+    hosted = crowd(start, server, shards)
+
+    assert server.wait() == 2
+    assert "asks for 'gated.py:Gated', which this client's owner did not allow" in server.text
+    assert "--allow gated.py:Gated" in server.text
+    hosted.end()
