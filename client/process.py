@@ -12,11 +12,16 @@ import threading
 import time
 from typing import IO
 
-__all__ = ["answers_on", "command", "end_with", "environment", "fate"]
+__all__ = ["answers_on", "command", "cores", "end_with", "environment", "fate"]
 
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 # glibc gives large blocks back to the system and faults them in again at every step; other systems ignore these names.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**28), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def command(module: str) -> list[str]:
@@ -30,7 +35,7 @@ def environment() -> dict[str, str]:
 
 
 def answers_on() -> IO[bytes]:
-    """In the process: the pipe to its parent. What a user's code prints goes to standard error from now on."""
+    """In the process: the pipe to its parent. What a user's code prints must not get between messages."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     return answers

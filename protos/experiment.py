@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from shoal.protos.errors import ExperimentError, nearest
 
-__all__ = ["Component", "Evaluation", "ExperimentFile", "override", "parse", "read"]
+__all__ = ["Component", "Evaluation", "ExperimentFile", "override", "parse", "read", "value_of"]
 
 
 class Component(BaseModel):
@@ -123,10 +123,10 @@ def override(content: dict[str, Any], change: str) -> None:
         if not isinstance(table[step], dict):
             raise ExperimentError(f"override {change!r}: {step!r} is {inner!r}, not a table")
         table = table[step]
-    table[steps[-1]] = _value(text.strip())
+    table[steps[-1]] = value_of(text.strip())
 
 
-def _value(text: str) -> Any:
+def value_of(text: str) -> Any:
     """A TOML value; what is none is a string, so that names need no quotes."""
     try:
         return tomllib.loads(f"value = {text}")["value"]

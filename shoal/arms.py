@@ -6,7 +6,6 @@ an equals sign are arguments, the others are the name.
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import tomli_w
 
 from shoal.protos import registry
 from shoal.protos.errors import ExperimentError
+from shoal.protos.experiment import value_of
 from shoal.strategies.base import Strategy
 
 __all__ = ["arguments", "labelled", "parse", "split", "written"]
@@ -42,16 +42,9 @@ def parse(arm: str) -> Strategy:
     given = [piece.partition("=") for piece in pieces if "=" in piece]
     if not name or not all(key for key, _, _ in given):
         raise ExperimentError(f"{arm!r} is no strategy; write a name and its arguments, for example fedprox:mu=0.01")
-    made: Strategy = registry.build(GROUP, name, {key: _value(text) for key, _, text in given}, "strategy", Strategy)
+    values = {key: value_of(text) for key, _, text in given}
+    made: Strategy = registry.build(GROUP, name, values, "strategy", Strategy)
     return made
-
-
-def _value(text: str) -> Any:
-    """A TOML value; what is none is a string, as in an override."""
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
 
 
 def labelled(strategies: Sequence[Strategy]) -> dict[str, Strategy]:

@@ -13,12 +13,12 @@ import tomli_w
 
 from shoal import arms
 from shoal.cell import ENGINE
+from shoal.client.process import cores
 from shoal.compose import Composition
 from shoal.experiment import UNNAMED, Experiment
 from shoal.progress import on_shards, on_training
 from shoal.protos.errors import ExperimentError
 from shoal.protos.parameters import Segment
-from shoal.simulations.crew import cores
 from shoal.simulations.datasets import Dataset
 from shoal.strategies.base import Strategy
 

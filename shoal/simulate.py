@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import tomllib
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from shoal.client.process import cores
 from shoal.compose import Composition
 from shoal.execute import Execution, environment, versions
 from shoal.experiment import UNNAMED, Experiment
@@ -64,6 +64,8 @@ def resume(
     """
     show = display(progress)
     with closing(RunFolder.open(Path(path))) as folder:
+        if (folder.path / "comparison.toml").exists():
+            raise RunError(f"{folder.path} is a comparison, which cannot be resumed yet; its runs in cells/ can")
         folder.claim()
         return _resume(folder, experiment, rounds, show)
 
@@ -121,6 +123,5 @@ def _workers(experiment: Experiment, workers: int | None) -> int:
     if workers is not None and workers < 0:
         raise ExperimentError(f"workers is {workers}; it must be 0 (in this process) or more")
     if workers is None:
-        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        workers = workers if experiment.device == "cpu" else 1
+        workers = cores() if experiment.device == "cpu" else 1
     return workers

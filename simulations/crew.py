@@ -1,8 +1,7 @@
 """Worker processes: one single-threaded Python program a core, fed over pipes.
 
-A worker is started as a plain Python program, not forked (threads and locks do not survive a fork) and not through
-``multiprocessing`` (which would import the user's script again); what it must know is pickled by value, so
-functions written in a notebook work. A worker that dies takes nobody along.
+What a worker must know is pickled by value, so functions written in a notebook work. One that dies takes nobody along.
+How it is started stands in :mod:`shoal.client.process`.
 """
 
 from __future__ import annotations
@@ -12,9 +11,7 @@ import os
 import pickle
 import queue
 import subprocess
-import sys
 import threading
-import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import IO, Any, cast
@@ -22,21 +19,10 @@ from typing import IO, Any, cast
 import torch
 from torch import Tensor
 
+from shoal.client.process import answers_on, command, end_with, environment, fate
 from shoal.protos.errors import RunError, ShoalError
 
-__all__ = ["Crew", "Died", "cores", "open_answers", "read", "write"]
-
-# A worker must see the caller's import paths before it imports anything, and never the folder it starts in.
-START = "import sys; sys.path[:] = {path!r}; from {program} import main; main()"
-ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-# glibc gives large blocks back to the system and faults them in again at every step; other systems ignore these names.
-KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**28), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
-
-
-def cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
+__all__ = ["Crew", "Died", "open_answers", "read", "write"]
 
 # --- both sides ------------------------------------------------------------------------------------------------------
 
@@ -67,19 +53,9 @@ def read(file: IO[bytes]) -> Any:
 
 def open_answers() -> IO[bytes]:
     """Make this process a worker: single-threaded, gone with its parent; the file to write answers to."""
-    # The pipe is for messages; what a user's code prints must not get between them.
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     torch.set_num_threads(1)
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    return answers
-
-
-def _end_with(parent: int) -> None:
-    """Leave when the parent is gone, even if a client's code never returns to read the pipe."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
+    end_with(os.getppid())
+    return answers_on()
 
 
 # --- in the process that has workers ---------------------------------------------------------------------------------
@@ -96,10 +72,9 @@ class Worker:
     """One process that runs ``main`` of the module ``program``; a call is a message and its answer."""
 
     def __init__(self, program: str, assignment: bytes) -> None:
-        command = [sys.executable, "-c", START.format(path=sys.path, program=program)]
-        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "env": os.environ | ONE_THREAD | KEEP_MEMORY}
+        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "env": environment()}
         # A session of its own: Ctrl-C is for the process that has workers, which then ends them.
-        self.process: subprocess.Popen[bytes] = subprocess.Popen(command, start_new_session=True, **pipes)
+        self.process: subprocess.Popen[bytes] = subprocess.Popen(command(program), start_new_session=True, **pipes)
         self._in, self._out = cast(IO[bytes], self.process.stdin), cast(IO[bytes], self.process.stdout)
         self._assignment: bytes | None = assignment  # until it is sent
 
@@ -112,7 +87,7 @@ class Worker:
             self._in.flush()
             answer = read(self._out)
         except (EOFError, OSError) as error:
-            raise RunError(f"a worker could not start ({self._fate()}); see its messages above") from error
+            raise RunError(f"a worker could not start ({fate(self.process.wait())}); see its messages above") from error
         if isinstance(answer, ShoalError):
             raise answer
         self._assignment = None
@@ -124,11 +99,7 @@ class Worker:
             write(self._in, order)
             return read(self._out)
         except (EOFError, OSError, pickle.UnpicklingError):
-            return Died(self._fate())
-
-    def _fate(self) -> str:
-        code = self.process.wait()
-        return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+            return Died(fate(self.process.wait()))
 
     def kill(self) -> None:
         self.process.kill()

@@ -13,8 +13,9 @@ import torch
 
 from shoal.protos.messages import Failure
 from shoal.server.fleet import Ask, Part, Report
+from shoal.simulations.crew import Died
 from shoal.simulations.engine import Assignment, Engine, Job, Result
-from shoal.simulations.pool import Died, Pool
+from shoal.simulations.pool import Pool
 from shoal.strategies.base import Mine, State
 from shoal.strategies.sums import LEAF, Carried
 

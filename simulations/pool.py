@@ -19,7 +19,7 @@ from shoal.simulations.shared import SharedBlock
 from shoal.strategies.base import State
 from shoal.strategies.sums import Carried
 
-__all__ = ["Died", "Order", "Pool"]
+__all__ = ["Order", "Pool"]
 
 GRACE = 0.5  # seconds after the deadline: for the answer of a worker that kept it
 

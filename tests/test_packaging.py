@@ -80,7 +80,7 @@ def test_the_wheel_holds_everything(tmp_path: Path) -> None:
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
         held = set(wheel.namelist())
     tops = {folder: name.replace(".", "/") for name, folder in SETUPTOOLS["package-dir"].items()}
-    kept = {".py", ".pyi", ".proto", ".npz"}
+    kept = {".j2", ".py", ".pyi", ".proto", ".npz"}
     wanted = {
         f"{inside}/{path.relative_to(ROOT / top).as_posix()}"
         for top, inside in tops.items()
@@ -110,7 +110,9 @@ def test_import_shoal_is_light() -> None:
 def test_help_is_light() -> None:
     code = "import sys; sys.argv = ['shoal', '--help']\nfrom shoal.cli import app\napp(standalone_mode=False)"
 
-    assert not {"torch", "pandas", "flwr", "numpy", "pydantic"} & loaded_by(f"{code}\nprint()")
+    heavy = {"torch", "pandas", "flwr", "numpy", "pydantic", "grpc", "jinja2", "plotly"}
+
+    assert not heavy & loaded_by(f"{code}\nprint()")
 
 
 @pytest.mark.slow
@@ -119,6 +121,11 @@ def test_protos_and_run_reading_need_no_flwr() -> None:
 
     assert not {"torch", "pandas", "flwr"} & loaded
     assert not {"flwr", "pandas"} & loaded_by("import shoal.client.participant")
+
+
+@pytest.mark.slow
+def test_a_client_that_waits_needs_no_torch() -> None:
+    assert not {"torch", "pandas", "flwr"} & loaded_by("import shoal.connect, shoal.client.host")
 
 
 def test_public_names_are_sorted_and_exist() -> None:
