@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import secrets
 import time
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,7 +90,7 @@ class Order:
     """One ask: what its clients have in common.
 
     ``check(client, content, header, payload)`` raises for an answer that must not be taken; it is called with None for
-    a payload still to come. ``ends`` is a time of the monotonic clock.
+    a payload still to come, and not for a failure. ``ends`` is a time of the monotonic clock.
     """
 
     run: str
@@ -178,9 +179,10 @@ class Hub:
         session = Session(secrets.token_hex(16), hello.client, hello.instance, peer, time.monotonic())
         if before is not None:
             self._drop(before)
-            other = before.instance != hello.instance
-            advice = wire.Goodbye.REPLACED if other else wire.Goodbye.COME_BACK
-            before.close(f"another process has joined as {hello.client!r} from {peer}", advice)
+            if before.instance != hello.instance:
+                before.close(f"another process has joined as {hello.client!r} from {peer}", wire.Goodbye.REPLACED)
+            else:
+                before.close(f"{hello.client!r} has a newer connection", wire.Goodbye.COME_BACK)
         self._sessions[session.token] = self._present[session.client] = session
         self._seen[session.client] = session.seen
         welcome = wire.Welcome(version=version, software=software(), session=session.token, heartbeat=self.heartbeat)
@@ -205,9 +207,11 @@ class Hub:
         del self._present[session.client]
         return True
 
-    def beat(self, session: Session) -> None:
-        """A sign of life renews the lease of what the client is at."""
-        self._sign(session)
+    def beat(self, session: Session, nonce: str) -> None:
+        """A sign of life; it renews the lease of the task that the client is at, and of no other."""
+        session.seen = time.monotonic()
+        if nonce in self._open:
+            self._sign(session)
         if session.outgoing.qsize() < QUEUED:
             session.send(wire.ConnectReply(heartbeat=wire.Heartbeat()))
 
@@ -294,13 +298,17 @@ class Hub:
             return assigned.incoming.offset
         try:
             content, sha256, total = content_of(header)
-            assigned.order.check(assigned.client, content, header, None)
+            if content == "failure":
+                decode_failure(header)
+            else:
+                assigned.order.check(assigned.client, content, header, None)
         except (CodecError, InvalidUpdate) as error:
             self._fail(assigned, str(error))
             raise Denied("INVALID_ARGUMENT", str(error)) from error
-        if assigned.incoming is not None:
-            assigned.incoming.discard()
-        assigned.incoming = Incoming(self._spool / f"{nonce}.payload", header, sha256, total)
+        before, assigned.incoming = assigned.incoming, None
+        if before is not None:
+            before.discard()
+        assigned.incoming = Incoming(self._spool, header, sha256, total)
         return 0
 
     def incoming(self, session: Session, nonce: str) -> Incoming:
@@ -334,6 +342,10 @@ class Hub:
         except OSError:  # the disk: the client may commit again
             assigned.committing = None
             raise
+        except Exception as error:  # a defect of ours must not keep the round waiting for this answer
+            reason = f"the server cannot examine the answer of client {assigned.client!r}: {error!r}"
+            failure = Failure(assigned.client, assigned.order.round, reason, traceback.format_exc())
+            receipt = wire.Receipt(status=wire.Receipt.REJECTED, reason=reason)
         if assigned.nonce not in self._open:  # the order has ended meanwhile
             incoming.discard()
             raise Denied("NOT_FOUND", _over(assigned.nonce))

@@ -129,6 +129,7 @@ class RemoteFleet:
                     event.path.unlink(missing_ok=True)  # came when its round was over
         finally:
             self._serving.call(hub.end, order, OVER)
+            self._clear()
 
     def _order(self, ask: Ask, kind: Kind) -> Order:
         terms, round = self._terms, ask.context.round
@@ -156,7 +157,7 @@ class RemoteFleet:
                 check_update(update, layout, reply, client, round, values=payload is not None)
             elif content == "measurement" and kind is Kind.EVALUATE:
                 decode_measurement(header)
-            elif content != "failure":
+            else:
                 raise CodecError(f"client {client!r} answers the task to {kind} with {content}; run the same version")
 
         ends = None if ask.deadline is None else time.monotonic() + ask.deadline
@@ -171,6 +172,13 @@ class RemoteFleet:
         if not isinstance(event, Answered | Failed):
             self._tell(event)
         return event
+
+    def _clear(self) -> None:
+        """Drop answers that came when enough others had: no later round may find them."""
+        while not self._serving.events.empty():
+            event = self._next()
+            if isinstance(event, Answered):
+                event.path.unlink(missing_ok=True)
 
     # --- answers -----------------------------------------------------------------------------------------------------
 

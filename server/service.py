@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 import grpc
 from google.protobuf.message import DecodeError, Message
@@ -19,9 +20,12 @@ from shoal.server.hub import Denied, Hub, Session
 __all__ = ["handlers"]
 
 M = TypeVar("M", bound=Message)
+T = TypeVar("T")
 Context = aio.ServicerContext[Any, Any]
 UPLOADS, DOWNLOADS = 8, 16  # at a time; the others wait, and flow control holds their bytes back
-IDLE = 60.0  # seconds that a caller may be silent within a stream of chunks
+QUICK = 1.0  # seconds that a transfer keeps its place while its peer does nothing
+IDLE = 60.0  # seconds that a peer may do nothing within a stream
+LONGEST = 4000  # characters of an error on the wire: a longer one does not fit into HTTP/2 headers
 
 
 def handlers(hub: Hub) -> grpc.GenericRpcHandler:
@@ -31,7 +35,7 @@ def handlers(hub: Hub) -> grpc.GenericRpcHandler:
         SERVICE,
         {
             "Connect": grpc.stream_stream_rpc_method_handler(_denying(service.connect)),
-            "Download": grpc.unary_stream_rpc_method_handler(_denying_stream(service.download)),
+            "Download": grpc.unary_stream_rpc_method_handler(_denying(service.download)),
             "Begin": grpc.unary_unary_rpc_method_handler(_denying(service.begin)),
             "Upload": grpc.stream_unary_rpc_method_handler(_denying(service.upload)),
             "Commit": grpc.unary_unary_rpc_method_handler(_denying(service.commit)),
@@ -45,37 +49,39 @@ class _Service:
         self._uploads, self._downloads = asyncio.Semaphore(UPLOADS), asyncio.Semaphore(DOWNLOADS)
 
     async def connect(self, requests: AsyncIterator[bytes], context: Context) -> None:
-        first = _parse(wire.ConnectRequest, await _next(requests))
+        first = _parse(wire.ConnectRequest, await _in_time(_next(requests)))
         if not first.HasField("hello"):
             raise Denied("INVALID_ARGUMENT", "the first message of Connect must be a Hello")
         session = self._hub.join(first.hello, _identity(context), context.peer())
         listening = asyncio.create_task(self._listen(session, requests))
         try:
             while (reply := await session.outgoing.get()) is not None:
-                await context.write(reply.SerializeToString())
+                await _in_time(context.write(reply.SerializeToString()))
         finally:
+            self._hub.leave(session, "it closed the connection")
             listening.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await listening
-            self._hub.leave(session, "it closed the connection")
 
     async def _listen(self, session: Session, requests: AsyncIterator[bytes]) -> None:
         try:
             async for request in requests:
-                if _parse(wire.ConnectRequest, request).HasField("heartbeat"):
-                    self._hub.beat(session)
+                message = _parse(wire.ConnectRequest, request)
+                if message.HasField("heartbeat"):
+                    self._hub.beat(session, message.heartbeat.nonce)
         except Denied:  # bytes that are no message: the connection ends, the client may come back
             pass
         finally:
             session.outgoing.put_nowait(None)
 
-    async def download(self, request: bytes, context: Context) -> AsyncIterator[bytes]:
+    async def download(self, request: bytes, context: Context) -> None:
         wanted = _parse(wire.DownloadRequest, request)
-        session = self._hub.session(wanted.session)
-        async with self._downloads:
-            for chunk in chunks(self._hub.blob(session, wanted.sha256).buffers, wanted.offset):
-                self._hub.blob(session, wanted.sha256)  # a sign of life; and the end, if the round is over
-                yield chunk.SerializeToString()
+        async with _Place(self._downloads) as place:
+            blob = self._hub.blob(self._hub.session(wanted.session), wanted.sha256)
+            for chunk in chunks(blob.buffers, wanted.offset):
+                # Each chunk is a sign of life; and the end, if the connection or the round is over.
+                self._hub.blob(self._hub.session(wanted.session), wanted.sha256)
+                await place.while_waiting(context.write(chunk.SerializeToString()))
 
     async def begin(self, request: bytes, context: Context) -> bytes:
         asked = _parse(wire.BeginRequest, request)
@@ -83,15 +89,18 @@ class _Service:
         return wire.BeginReply(offset=offset).SerializeToString()
 
     async def upload(self, requests: AsyncIterator[bytes], context: Context) -> bytes:
-        async with self._uploads:
-            first = _parse(wire.UploadRequest, await _next(requests))
-            session = self._hub.session(first.session)
-            offset, request = await self._hub.incoming(session, first.nonce).append(first.chunk), await _next(requests)
-            while request:
-                chunk = _parse(wire.UploadRequest, request).chunk
-                offset = await self._hub.incoming(session, first.nonce).append(chunk)
-                request = await _next(requests)
-        return wire.UploadReply(offset=offset).SerializeToString()
+        async with _Place(self._uploads) as place:
+            first = piece = _parse(wire.UploadRequest, await place.while_waiting(_next(requests)))
+            while True:
+                incoming = self._hub.incoming(self._hub.session(first.session), first.nonce)
+                try:
+                    offset = await incoming.append(piece.chunk)
+                except CodecError as error:  # not the answer's end: the client goes on from where it was right
+                    raise Denied("ABORTED", str(error)) from error
+                request = await place.while_waiting(_next(requests))
+                if request is None:
+                    return wire.UploadReply(offset=offset).SerializeToString()
+                piece = _parse(wire.UploadRequest, request)
 
     async def commit(self, request: bytes, context: Context) -> bytes:
         asked = _parse(wire.CommitRequest, request)
@@ -99,20 +108,64 @@ class _Service:
         return receipt.SerializeToString()
 
 
-def _parse(kind: type[M], data: bytes) -> M:
+def _parse(kind: type[M], data: bytes | None) -> M:
     try:
-        return kind.FromString(data)
+        return kind.FromString(data or b"")
     except DecodeError as error:
         name = kind.DESCRIPTOR.name
         raise Denied("INVALID_ARGUMENT", f"the request is no {name} ({error}); run the same version") from error
 
 
-async def _next(requests: AsyncIterator[bytes]) -> bytes:
-    """The next message of a stream, empty at its end; Denied if it does not come."""
+class _Place:
+    """One transfer's place among those that may hold bytes in memory.
+
+    It is left while the peer keeps the transfer waiting: a few slow or dead ones must not stop all others.
+    """
+
+    def __init__(self, free: asyncio.Semaphore) -> None:
+        self._free, self._taken = free, False
+
+    async def __aenter__(self) -> _Place:
+        await self._take()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._leave()
+
+    async def _take(self) -> None:
+        await self._free.acquire()
+        self._taken = True
+
+    def _leave(self) -> None:
+        if self._taken:
+            self._free.release()
+            self._taken = False
+
+    async def while_waiting(self, peer: Coroutine[Any, Any, T]) -> T:
+        """What the peer sends, or that it has read; Denied if it does nothing for too long."""
+        waiting = asyncio.create_task(_in_time(peer))
+        waiting.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may be left to hear it
+        try:
+            if not (await asyncio.wait([waiting], timeout=QUICK))[0]:
+                self._leave()
+                await asyncio.wait([waiting])
+                await self._take()
+            return await waiting
+        finally:
+            waiting.cancel()
+
+
+async def _next(requests: AsyncIterator[bytes]) -> bytes | None:
+    """The next message of a stream, None at its end."""
+    return await anext(requests, None)
+
+
+async def _in_time(peer: Coroutine[Any, Any, T]) -> T:
+    """What is waited for; Denied if it does not come."""
     try:
-        return await asyncio.wait_for(anext(requests, b""), IDLE)
+        return await asyncio.wait_for(peer, IDLE)
     except TimeoutError as error:
-        raise Denied("DEADLINE_EXCEEDED", f"nothing came for {IDLE:.0f} s; call again and go on") from error
+        raise Denied("DEADLINE_EXCEEDED", f"nothing moved for {IDLE:.0f} s; call again and go on") from error
 
 
 def _identity(context: Context) -> str:
@@ -126,7 +179,9 @@ async def _abort(context: Context, error: Denied | CodecError | OSError) -> None
         code, text = "RESOURCE_EXHAUSTED", f"the server cannot store the answer ({error.strerror}); try again later"
     else:
         code, text = getattr(error, "code", "INVALID_ARGUMENT"), str(error)
-    await context.abort(getattr(grpc.StatusCode, code), text[:4000])  # longer ones do not fit into HTTP/2 headers
+    while len(quote(text)) > LONGEST:
+        text = text[: len(text) * 3 // 4]
+    await context.abort(getattr(grpc.StatusCode, code), text)
 
 
 def _denying(call: Callable[[Any, Context], Awaitable[Any]]) -> Callable[[Any, Context], Awaitable[Any]]:
@@ -135,16 +190,5 @@ def _denying(call: Callable[[Any, Context], Awaitable[Any]]) -> Callable[[Any, C
             return await call(request, context)
         except (Denied, CodecError, OSError) as error:
             return await _abort(context, error)
-
-    return handler
-
-
-def _denying_stream(call: Callable[[Any, Context], AsyncIterator[bytes]]) -> Callable[[Any, Context], Any]:
-    async def handler(request: Any, context: Context) -> AsyncIterator[bytes]:
-        try:
-            async for reply in call(request, context):
-                yield reply
-        except (Denied, CodecError, OSError) as error:
-            await _abort(context, error)
 
     return handler

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import queue
 import socket
 import tempfile
@@ -16,7 +17,7 @@ from typing import Any, TypeVar
 from grpc import aio
 
 from shoal.protos import fleet_pb2 as wire
-from shoal.protos.errors import ConnectionRefused
+from shoal.protos.errors import ConnectionRefused, RunError
 from shoal.protos.transport import SERVER, Address, Certificates
 from shoal.server.hub import Event, Hub
 from shoal.server.service import handlers
@@ -40,8 +41,11 @@ class Serving:
         self.address, self._certificates = address, certificates
         _check_free(address)
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        spool.mkdir(parents=True, exist_ok=True)
-        self._spool = tempfile.TemporaryDirectory(prefix=".spool-", dir=spool)
+        try:
+            spool.mkdir(parents=True, exist_ok=True)
+            self._spool = tempfile.TemporaryDirectory(prefix=".spool-", dir=spool)
+        except OSError as error:
+            raise RunError(f"{str(spool)!r} cannot hold runs ({error.strerror}); give another folder") from error
         self.hub = Hub(self.events.put, Path(self._spool.name), heartbeat)
         self._goodbye = (wire.Goodbye.COME_BACK, "the server stops")
         started: Future[int] = Future()
@@ -102,15 +106,25 @@ def _check_free(address: Address) -> None:
     """gRPC says only that it failed to bind; the system says why."""
     try:
         found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except socket.gaierror as error:
-        raise ConnectionRefused(f"there is no host {address.host!r} to listen on ({error.strerror})") from error
-    family, kind, protocol, _, place = found[0]
-    with socket.socket(family, kind, protocol) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
+    except (socket.gaierror, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConnectionRefused(f"there is no host {address.host!r} to listen on ({reason})") from error
+    tried = [_try_to_bind(family, place) for family, _, _, _, place in found]
+    errors = [error for error in tried if error is not None]
+    in_use = [error for error in errors if error.errno == errno.EADDRINUSE]
+    if in_use or len(errors) == len(found):  # localhost may have two places, of which one is not to be had here
+        first = (in_use or errors)[0]
+        raise ConnectionRefused(
+            f"cannot listen on {address} ({first.strerror}); choose another address with --listen, or stop the "
+            f"program that uses it"
+        ) from first
+
+
+def _try_to_bind(family: int, place: Any) -> OSError | None:
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(place)
-        except OSError as error:
-            raise ConnectionRefused(
-                f"cannot listen on {address} ({error.strerror}); choose another address with --listen, or stop the "
-                f"program that uses it"
-            ) from error
+    except OSError as error:
+        return error
+    return None
