@@ -74,6 +74,10 @@ class Observer(Protocol):
         """As soon as a client fails."""
         ...
 
+    def on_answers(self, round: int, answered: int, asked: int) -> None:
+        """While a round goes on: how many of its clients have answered or failed."""
+        ...
+
     def on_checkpoint(self, checkpoint: Checkpoint) -> None:
         """When the state is to be kept."""
         ...
@@ -154,6 +158,9 @@ class Coordinator:
             failures += part.failures
             for failure in part.failures:
                 self._report_failure(failure)
+            number, answered = ask.context.round, len(reports) + len(failures)
+            for observer in self._observers:
+                observer.on_answers(number, answered, len(ask.cohort))
         summed = total.total()
         needed = max(1, math.ceil(self.plan.quorum * ask.goal - ROUNDING))
         if summed is None or summed.counted < needed:

@@ -133,6 +133,9 @@ class RunFolder:
         event = {"client": failure.client, "round": failure.round, "reason": failure.reason}
         self.log("client failed", **event, **({"traceback": failure.traceback} if failure.traceback else {}))
 
+    def on_answers(self, round: int, answered: int, asked: int) -> None:
+        return
+
     def on_checkpoint(self, checkpoint: Checkpoint) -> None:
         checkpoints.write(self.path / "checkpoints", checkpoint)
 

@@ -30,7 +30,9 @@ def simulate(
     experiment: Annotated[Path, typer.Argument(help="An experiment file (TOML).")],
     overrides: Overrides = None,
     engine: Annotated[str, typer.Option(help="auto or lean.")] = "auto",
-    workers: Annotated[int | None, typer.Option(help="Worker processes; 0: in this one. [default: one a core]")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Worker processes; 0: in this one.", show_default="one a core")
+    ] = None,
     out: Out = Path("runs"),
     as_json: AsJson = False,
 ) -> None:
@@ -49,7 +51,7 @@ def compare(
     overrides: Overrides = None,
     seeds: Annotated[int, typer.Option(help="How many, from the experiment's own on.")] = 3,
     target: Annotated[str | None, typer.Option(metavar="METRIC=VALUE", help="When is it reached? accuracy=0.8")] = None,
-    workers: Annotated[int | None, typer.Option(help="Worker processes. [default: one a core]")] = None,
+    workers: Annotated[int | None, typer.Option(help="Worker processes.", show_default="one a core")] = None,
     out: Out = Path("runs"),
     as_json: AsJson = False,
 ) -> None:
@@ -75,10 +77,14 @@ Force = Annotated[bool, typer.Option("--force", help="With --insecure: beyond th
 def server(
     experiments: Annotated[
         list[str],
-        typer.Argument(metavar="EXPERIMENT... [KEY=VALUE]...", help="Files, run one after the other; changes."),
+        typer.Argument(
+            metavar="FILE... [KEY=VALUE]...", help="Experiments, run one after the other; changes to all of them."
+        ),
     ],
     listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where clients call.")] = "127.0.0.1:8470",
-    wait_for: Annotated[int | None, typer.Option(help="Clients before the first round. [default: a cohort]")] = None,
+    wait_for: Annotated[
+        int | None, typer.Option(help="Clients before the first round.", show_default="a cohort")
+    ] = None,
     tls: Tls = None,
     insecure: Insecure = False,
     force: Force = False,
@@ -105,7 +111,7 @@ def client(
     options: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="The reader's arguments: label=outcome")
     ] = None,
-    name: Annotated[str | None, typer.Option("--id", help="This client's name. [default: the shard's]")] = None,
+    name: Annotated[str | None, typer.Option("--id", help="This client's name.", show_default="the shard's")] = None,
     tls: Tls = None,
     insecure: Insecure = False,
     force: Force = False,
@@ -114,8 +120,12 @@ def client(
     ] = None,
     simulate: Annotated[int | None, typer.Option(metavar="N", help="Host N clients, of a folder of shards.")] = None,
     skip: Annotated[int, typer.Option(help="With --simulate: leave out the first shards.")] = 0,
-    state: Annotated[Path | None, typer.Option(help="What this client keeps. [default: in ~/.local/state]")] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes that train. [default: 1; hosting: one a core]")] = None,
+    state: Annotated[
+        Path | None, typer.Option(help="What this client keeps.", show_default="in ~/.local/state")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes that train.", show_default="1; hosting: one a core")
+    ] = None,
     device: Annotated[str, typer.Option(help="A torch device.")] = "cpu",
     once: Annotated[bool, typer.Option("--once", help="End when the server has finished its runs.")] = False,
     patience: Annotated[float | None, typer.Option(help="Seconds without a server, then give up.")] = None,

@@ -70,6 +70,9 @@ class Display(ABC):
         known, self._shown = self._shown, self._shown | {failure.traceback}
         self.note(text if failure.traceback in known else f"{text}\n{failure.traceback}")
 
+    def on_answers(self, round: int, answered: int, asked: int) -> None:
+        return
+
     def on_checkpoint(self, checkpoint: Checkpoint) -> None:
         return
 
@@ -129,6 +132,7 @@ class Live(Plain):
             TextColumn("round {task.completed}/{task.total}"),
             BarColumn(bar_width=24),
             TextColumn("{task.fields[numbers]}"),
+            TextColumn("{task.fields[answers]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -137,7 +141,7 @@ class Live(Plain):
 
     def starting(self, opening: Opening) -> None:
         super().starting(opening)
-        self._task = self._bar.add_task("rounds", total=opening.experiment.rounds, numbers="starting")
+        self._task = self._bar.add_task("rounds", total=opening.experiment.rounds, numbers="starting", answers="")
         self._bar.start()
 
     def on_round(self, round: Round) -> None:
@@ -145,7 +149,15 @@ class Live(Plain):
         main = next((value for name, value in shown.items() if "loss" not in name), None)
         self._history += [] if main is None else [main]
         text = "  ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in shown.items())
-        self._bar.update(self._task, completed=round.number, numbers=f"{escape(text)}  {_spark(self._history)}")
+        spark = _spark(self._history)
+        self._bar.update(self._task, completed=round.number, numbers=f"{escape(text)}  {spark}", answers="")
+
+    def on_answers(self, round: int, answered: int, asked: int) -> None:
+        self._bar.update(self._task, answers=f"{answered}/{asked} answered" if answered < asked else "")
+
+    def waiting(self, present: int, needed: int) -> None:
+        text = f"waiting for clients: {present} of {needed} are connected" if present < needed else "starting"
+        self._bar.update(self._task, numbers=text)
 
     def note(self, text: str) -> None:
         self.console.print(f"[yellow]![/yellow] {escape(text)}")

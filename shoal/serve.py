@@ -78,9 +78,9 @@ def serve(experiments: Sequence[Experiment], door: Door, *, out: Path, progress:
     for composition in compositions:
         composition.experiment.assignment(composition.data)
         door.clients_needed(composition.experiment)
-    runs, show = list[Run](), display(progress)
+    runs, shows = list[Run](), [display(progress) for _ in compositions]
     with _open(door, out) as serving:
-        for composition in compositions:
+        for composition, show in zip(compositions, shows, strict=True):
             with closing(RunFolder.create(out, composition.experiment.name)) as folder:
                 folder.claim()
                 folder.write("experiment.toml", composition.experiment.toml())

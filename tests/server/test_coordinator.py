@@ -68,12 +68,16 @@ class Witness:
 
     def __init__(self) -> None:
         self.rounds, self.failures, self.kept = list[Round](), list[Failure](), list[Checkpoint]()
+        self.answers = list[tuple[int, int, int]]()
 
     def on_round(self, round: Round) -> None:
         self.rounds.append(round)
 
     def on_failure(self, failure: Failure) -> None:
         self.failures.append(failure)
+
+    def on_answers(self, round: int, answered: int, asked: int) -> None:
+        self.answers.append((round, answered, asked))
 
     def on_checkpoint(self, checkpoint: Checkpoint) -> None:
         self.kept.append(checkpoint)

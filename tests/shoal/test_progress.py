@@ -15,10 +15,32 @@ from shoal.protos.messages import Failure
 from shoal.server.coordinator import Round
 
 
-def test_a_live_line() -> None:
-    out = io.StringIO()
-    live = Live(Console(file=out, force_terminal=True, width=200, highlight=False))
+@pytest.fixture
+def out() -> io.StringIO:
+    return io.StringIO()
+
+
+@pytest.fixture
+def live(out: io.StringIO) -> Live:
+    return Live(Console(file=out, force_terminal=True, width=200, highlight=False))
+
+
+def two_clients() -> Experiment:
     data = datasets.from_arrays([[0.0], [1.0]], [0, 1], clients=["a", "b"])
+    return Experiment(model="linear", data=data, rounds=3, cohort=2)
+
+
+def test_what_a_server_waits_for(live: Live, out: io.StringIO) -> None:
+    live.starting(Opening(Path("runs/0001-x"), two_clients(), 2, 1234, "clients over gRPC", {}))
+    live.waiting(1, 2)
+    live.on_answers(1, 1, 2)
+    live.close()
+
+    assert "waiting for clients: 1 of 2 are connected" in out.getvalue()
+    assert "1/2 answered" in out.getvalue()
+
+
+def test_a_live_line(live: Live, out: io.StringIO) -> None:
     shards = {
         "size_min": 1,
         "size_max": 9,
@@ -27,8 +49,7 @@ def test_a_live_line() -> None:
         "classes_max": 2,
         "total_variation": 0.5,
     }
-    experiment = Experiment(model="linear", data=data, rounds=3, cohort=2)
-    live.starting(Opening(Path("runs/0001-x"), experiment, 2, 1234, "lean", shards))
+    live.starting(Opening(Path("runs/0001-x"), two_clients(), 2, 1234, "lean", shards))
     for number, accuracy in enumerate((0.1, 0.5, 0.9)):
         live.on_round(Round(number, {"test_loss": 0.25, "test_accuracy": accuracy}))
     live.on_failure(Failure("a", 2, "client 'a' [sic] broke", "Traceback: [red]"))
