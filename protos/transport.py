@@ -6,6 +6,7 @@ Only this module and the two ends that use it know of gRPC.
 from __future__ import annotations
 
 import ipaddress
+import ssl
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -78,9 +79,9 @@ class Address:
     def parse(cls, text: str) -> Address:
         """ConnectionRefused if the text is no address."""
         host, colon, port = text.rpartition(":")
-        if not colon or not host or not port.isdecimal() or int(port) > 65535 or (":" in host and host[0] != "["):
+        if not colon or not host or not port.isdecimal() or int(port) > 65535 or not _is_host(host):
             raise ConnectionRefused(f"{text!r} is not of the form HOST:PORT, for example 127.0.0.1:8470 or [::1]:8470")
-        return cls(host.strip("[]"), int(port))
+        return cls(host.removeprefix("[").removesuffix("]"), int(port))
 
     def __str__(self) -> str:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
@@ -96,6 +97,16 @@ class Address:
             return False
 
 
+def _is_host(host: str) -> bool:
+    """A name or an IPv4 address as it is, an IPv6 address in brackets."""
+    if host.startswith("[") and host.endswith("]"):
+        try:
+            return ipaddress.ip_address(host[1:-1].partition("%")[0]).version == 6
+        except ValueError:
+            return False
+    return not set(host) & set("[]:/@ ")
+
+
 @dataclass(frozen=True)
 class Certificates:
     """What one side proves itself with and trusts: the contents of ``ca.pem``, ``cert.pem`` and ``key.pem``."""
@@ -107,7 +118,7 @@ class Certificates:
 
     @classmethod
     def read(cls, folder: Path) -> Certificates:
-        """ConnectionRefused if a file is missing or is no PEM."""
+        """ConnectionRefused if a file is missing or damaged, or the key is not the certificate's."""
         found = []
         for name, what in (("ca.pem", "CERTIFICATE"), ("cert.pem", "CERTIFICATE"), ("key.pem", "PRIVATE KEY")):
             try:
@@ -120,6 +131,7 @@ class Certificates:
             if f"{what}-----".encode() not in content:
                 raise ConnectionRefused(f"{str(folder / name)!r} holds no PEM {what.lower()}; see docs/deployment.md")
             found.append(content)
+        _check_use(folder)
         return cls(folder, *found)
 
     def for_server(self) -> grpc.ServerCredentials:
@@ -128,6 +140,20 @@ class Certificates:
 
     def for_client(self) -> grpc.ChannelCredentials:
         return grpc.ssl_channel_credentials(self.ca, self.key, self.cert)
+
+
+def _check_use(folder: Path) -> None:
+    """gRPC says only that it failed to bind, or nothing at all; OpenSSL says why."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_verify_locations(folder / "ca.pem")
+        context.load_cert_chain(folder / "cert.pem", folder / "key.pem", password=lambda: b"")  # or it would ask
+    except OSError as error:
+        reason = str(getattr(error, "reason", None) or "damaged").replace("_", " ").lower()
+        raise ConnectionRefused(
+            f"the certificates in {str(folder)!r} cannot be used ({reason}): ca.pem and cert.pem must be whole, and "
+            f"key.pem the certificate's own, without a password"
+        ) from error
 
 
 def check_exposure(address: Address, tls: Path | None, insecure: bool, force: bool) -> Certificates | None:
