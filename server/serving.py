@@ -14,6 +14,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
+import grpc
 from grpc import aio
 
 from shoal.protos import fleet_pb2 as wire
@@ -32,13 +33,20 @@ PARTING = 2.0  # seconds for clients to hear the goodbye
 class Serving:
     """Listens from the moment it is made until :meth:`close`. :attr:`events` is all that comes back.
 
-    Answers on their way in lie in a folder below ``spool``. ConnectionRefused if the address cannot be had.
+    Answers on their way in lie in a folder below ``spool``; ``service`` answers the calls. ConnectionRefused if the
+    address cannot be had.
     """
 
     def __init__(
-        self, address: Address, certificates: Certificates | None, spool: Path, *, heartbeat: float = 30.0
+        self,
+        address: Address,
+        certificates: Certificates | None,
+        spool: Path,
+        *,
+        heartbeat: float = 30.0,
+        service: Callable[[Hub], grpc.GenericRpcHandler] = handlers,
     ) -> None:
-        self.address, self._certificates = address, certificates
+        self.address, self._certificates, self._service = address, certificates, service
         _check_free(address)
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         try:
@@ -61,7 +69,7 @@ class Serving:
     async def _main(self, started: Future[int]) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
         server = aio.server(options=SERVER)
-        server.add_generic_rpc_handlers((handlers(self.hub),))
+        server.add_generic_rpc_handlers((self._service(self.hub),))
         try:
             if self._certificates is None:
                 port = server.add_insecure_port(str(self.address))
