@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any
 
@@ -41,25 +42,23 @@ def test_the_same_assignment_gives_the_same_bytes() -> None:
 
 
 good = json.loads(an_assignment().encode())
+WRONG: list[dict[str, Any]] = [
+    {"seed": "3"},
+    {"seed": True},
+    {"dtype": None},
+    {"model": None},
+    {"model": {"name": 3}},
+    {"model": {}},
+    {"local": []},
+    {"code": "import os"},
+]
 
 
 @pytest.mark.parametrize(
     "data",
     [
         *(b"", b"\xff\xfe", b"{", b"[]", b"null", b"7", b"[" * 100_000, b'{"seed": ' + b"9" * 5000 + b"}"),
-        *(
-            json.dumps(good | change).encode()
-            for change in (
-                {"seed": "3"},
-                {"seed": True},
-                {"dtype": None},
-                {"model": None},
-                {"model": {"name": 3}},
-                {"model": {}},
-                {"local": []},
-                {"code": "import os"},
-            )
-        ),
+        *(json.dumps(good | change).encode() for change in WRONG),
     ],
 )
 def test_what_is_no_assignment_is_a_codec_error(data: bytes) -> None:
@@ -71,10 +70,8 @@ def test_what_is_no_assignment_is_a_codec_error(data: bytes) -> None:
 @given(st.integers(0, 200), st.binary(max_size=4))
 def test_damaged_json_is_an_assignment_or_a_codec_error(at: int, noise: bytes) -> None:
     data = an_assignment().encode()
-    try:
+    with contextlib.suppress(CodecError):
         Assignment.decode(data[:at] + noise + data[at + len(noise) :])
-    except CodecError:
-        pass
 
 
 def test_installed_names_need_no_permission() -> None:
