@@ -6,10 +6,10 @@ DEMO := fedavg,fedprox:mu=0.1,fedadam:server_lr=0.01,scaffold
 PROTOC := -I shoal/protos=protos --python_out=.types --mypy_out=quiet:.types \
 	--grpc_python_out=.types --mypy_grpc_out=quiet:.types shoal/protos/fleet.proto
 
-.PHONY: help demo test check protos bench clean
+.PHONY: help demo test check protos bench bench-service clean
 
 help: ## show this
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 .venv/.run: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -36,6 +36,9 @@ check: .venv/.dev ## lint, types, and whether the generated stubs are current
 
 protos: .venv/.dev ## generate the stubs of protos/fleet.proto
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc $(PROTOC)
+
+bench-service: .venv/.dev ## measure the gRPC service beside a bare stream of chunks
+	$(BIN)/python benchmarks/service.py
 
 bench: .venv/.dev ## measure a round beside the plain loop and flwr's simulation
 	$(BIN)/pip install -q --disable-pip-version-check -e ".[bench]"

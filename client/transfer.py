@@ -16,7 +16,7 @@ from shoal.protos import fleet_pb2 as wire
 from shoal.protos.codec import content_of
 from shoal.protos.errors import CodecError, InvalidUpdate
 from shoal.protos.files import mapped
-from shoal.protos.transport import check_chunk, chunks
+from shoal.protos.transport import blocks, check_chunk, fill
 
 __all__ = ["Depot", "Over", "deliver"]
 
@@ -102,8 +102,10 @@ async def deliver(link: Link, nonce: str, header: bytes, payload: Path) -> wire.
 
 
 async def _pieces(session: str, nonce: str, data: memoryview, offset: int) -> AsyncIterator[wire.UploadRequest]:
-    for chunk in chunks([data], offset):
-        yield wire.UploadRequest(session=session, nonce=nonce, chunk=chunk)
+    for position, block in blocks([data], offset):
+        request = wire.UploadRequest(session=session, nonce=nonce)
+        fill(request.chunk, position, block)
+        yield request
 
 
 async def _again(link: Link, error: aio.AioRpcError) -> None:

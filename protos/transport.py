@@ -27,9 +27,11 @@ __all__ = [
     "VERSIONS",
     "Address",
     "Certificates",
+    "blocks",
     "check_chunk",
     "check_exposure",
     "chunks",
+    "fill",
     "software",
 ]
 
@@ -174,16 +176,29 @@ def check_exposure(address: Address, tls: Path | None, insecure: bool, force: bo
     return None
 
 
-def chunks(buffers: Sequence[memoryview], offset: int) -> Iterator[wire.Chunk]:
-    """The bytes of several buffers, one behind the other, from ``offset`` on."""
+def blocks(buffers: Sequence[memoryview], offset: int) -> Iterator[tuple[int, bytes]]:
+    """The bytes of several buffers, one behind the other, from ``offset`` on, in pieces with their own offsets."""
     start = 0
     for buffer in buffers:
         position = max(offset - start, 0)
         while position < buffer.nbytes:
             data = bytes(buffer[position : position + CHUNK])
-            yield wire.Chunk(offset=start + position, data=data, crc32=zlib.crc32(data))
+            yield start + position, data
             position += len(data)
         start += buffer.nbytes
+
+
+def fill(chunk: wire.Chunk, offset: int, data: bytes) -> None:
+    """Write a piece into a chunk, where it is: to copy a message of this size costs more than to make it."""
+    chunk.offset, chunk.data, chunk.crc32 = offset, data, zlib.crc32(data)
+
+
+def chunks(buffers: Sequence[memoryview], offset: int) -> Iterator[wire.Chunk]:
+    """:func:`blocks` as messages."""
+    for position, data in blocks(buffers, offset):
+        chunk = wire.Chunk()
+        fill(chunk, position, data)
+        yield chunk
 
 
 def check_chunk(chunk: wire.Chunk, offset: int, total: int) -> None:
