@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import socket
 import subprocess
 import sys
 import tomllib
@@ -30,6 +33,26 @@ def test_the_readmes_python_runs_as_printed(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "finished" in done.stdout and "Halfway(part=0.25)" in done.stdout
     assert (tmp_path / "fashion.html").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", ["data split", "--simulate 50", "shoal compare"])
+def test_the_readmes_shell_runs_as_printed(words: str, tmp_path: Path) -> None:
+    (block,) = (block for block in blocks("sh") if words in block)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "XDG_STATE_HOME": str(tmp_path / "state")}
+    done = subprocess.run(
+        ["sh", "-e"], input=block.replace("8470", port), cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert "✓ finished" in done.stdout or "report" in done.stdout, done.stdout + done.stderr
+    statuses = [json.loads(path.read_text())["status"] for path in tmp_path.glob("tour/*/summary.json")]
+    assert statuses == ["finished"]
 
 
 @pytest.mark.slow
