@@ -95,23 +95,26 @@ class RemoteFleet:
         self._round = ask.context.round
         order, arrived = self._order(ask, Kind.TRAIN), dict[int, Answered | Failure]()
         counted, position = 0, 0
-        with closing(self._answers(order, ask.cohort)) as answers:
-            for place, answer in answers:
-                arrived[place] = answer
-                while position in arrived:  # what stands next in the cohort's order need not wait
-                    yield self._part(ask, order, position, arrived.pop(position))
-                    position += 1
-                counted += isinstance(answer, Answered)
-                if counted == ask.goal:
-                    break
-        for place in sorted(arrived):
-            yield self._part(ask, order, place, arrived[place])
+        try:
+            with closing(self._answers(order, ask.cohort)) as answers:
+                for place, answer in answers:
+                    arrived[place] = answer
+                    while position in arrived:  # what stands next in the cohort's order need not wait
+                        yield self._part(ask, order, position, arrived.pop(position))
+                        position += 1
+                    counted += isinstance(answer, Answered)
+                    if counted == ask.goal:
+                        break
+            for place in sorted(arrived):
+                yield self._part(ask, order, place, arrived.pop(place))
+        finally:  # a round may be given up half way
+            for answer in arrived.values():
+                _drop(answer)
 
     def evaluate(self, ask: Ask) -> Iterator[Report | Failure]:
-        arrived = dict(self._answers(self._order(ask, Kind.EVALUATE), ask.cohort))
-        for place in sorted(arrived):
-            answer = arrived[place]
-            measured = answer if isinstance(answer, Failure) else self._measured(answer)
+        answers = self._answers(self._order(ask, Kind.EVALUATE), ask.cohort)
+        found = {place: answer if isinstance(answer, Failure) else _measured(answer) for place, answer in answers}
+        for _, measured in sorted(found.items()):
             if isinstance(measured, Failure) or measured.numbers:  # who holds nothing out has nothing to say
                 yield measured
 
@@ -125,8 +128,8 @@ class RemoteFleet:
                 event = self._next()
                 if isinstance(event, Answered | Failed) and event.nonce in places:
                     yield places.pop(event.nonce), event if isinstance(event, Answered) else event.failure
-                elif isinstance(event, Answered):
-                    event.path.unlink(missing_ok=True)  # came when its round was over
+                else:
+                    _drop(event)  # came when its round was over
         finally:
             self._serving.call(hub.end, order, OVER)
             self._clear()
@@ -176,9 +179,7 @@ class RemoteFleet:
     def _clear(self) -> None:
         """Drop answers that came when enough others had: no later round may find them."""
         while not self._serving.events.empty():
-            event = self._next()
-            if isinstance(event, Answered):
-                event.path.unlink(missing_ok=True)
+            _drop(self._next())
 
     # --- answers -----------------------------------------------------------------------------------------------------
 
@@ -191,13 +192,9 @@ class RemoteFleet:
         except ShoalError as error:
             return Part(position, None, (), [Failure(answer.client, ask.context.round, str(error))])
         finally:
-            answer.path.unlink(missing_ok=True)
+            _drop(answer)
         down, up = order.payload.content.total_bytes, content_of(answer.header)[2]
         return Part(position, total, [Report.of(answer.client, update, down, up)])
-
-    def _measured(self, answer: Answered) -> Report:
-        answer.path.unlink(missing_ok=True)
-        return Report(answer.client, decode_measurement(answer.header).metrics)
 
     # --- clients' states: they keep their own, the server knows of which round the true one is ------------------------
 
@@ -212,6 +209,17 @@ class RemoteFleet:
 
     def close(self) -> None:
         """Nothing: the server goes on with the next run."""
+
+
+def _measured(answer: Answered) -> Report:
+    _drop(answer)
+    return Report(answer.client, decode_measurement(answer.header).metrics)
+
+
+def _drop(what: Event | Failure | None) -> None:
+    """An answer that is done with gives its place on disk back."""
+    if isinstance(what, Answered):
+        what.path.unlink(missing_ok=True)
 
 
 def _to_numpy(tensor: Tensor) -> np.ndarray:
