@@ -62,6 +62,4 @@ def _plain(connection: socket.socket, address: Address) -> str | None:
         answer = b""
     if len(answer) >= 4 and answer[3] == 4:  # a SETTINGS frame
         return None
-    return (
-        f"what answers at {address} speaks no plain gRPC; give --tls DIR if it uses TLS, or correct --connect"
-    )
+    return f"what answers at {address} speaks no plain gRPC; give --tls DIR if it uses TLS, or correct --connect"
