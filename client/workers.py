@@ -14,7 +14,7 @@ from shoal.client.process import command, environment, fate
 __all__ = ["WorkerLost", "Workers"]
 
 IDLE = 60.0  # seconds without work after which torch's memory is worth more than its start
-GRACE = 5.0  # seconds for a task that nobody wants any more to end by itself
+GRACE = 2.0  # seconds for a task that nobody wants any more to end by itself
 
 
 class WorkerLost(Exception):
