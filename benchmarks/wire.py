@@ -131,7 +131,7 @@ def _run(composition: Composition, folder: Path) -> Recorder:
         words = ["client", "--connect", str(serving.address), "--insecure", "--once", "--state", str(folder / "state")]
         words += ["--data", str(ROOT / "examples" / "five.toml"), "--simulate", str(CLIENTS)]
         with subprocess.Popen([sys.executable, "-c", CLIENT, *words], stdout=subprocess.DEVNULL) as clients:
-            terms = Terms("a run", experiment.assignment(data).encode(), experiment.strategy, composition.initial)
+            terms = Terms("a-run", experiment.assignment(data).encode(), experiment.strategy, composition.initial)
             fleet = RemoteFleet(serving, terms, data.clients)
             fleet.wait_for(CLIENTS, lambda present: None, lambda: clients.poll() is not None)
             composition.coordinator(fleet, composition.start(), []).run()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,12 +16,14 @@ from shoal.client.transfer import Depot, Over, deliver
 from shoal.client.workers import WorkerLost, Workers
 from shoal.protos import fleet_pb2 as wire
 from shoal.protos.codec import content_of, encode
-from shoal.protos.errors import DataError, InvalidUpdate
+from shoal.protos.errors import CodecError, DataError, InvalidUpdate
+from shoal.protos.manifest import LIMITS
 from shoal.protos.messages import Failure
 from shoal.protos.transport import Address, Certificates
 
 __all__ = ["Settings", "host"]
 
+NAME = re.compile(r"[0-9A-Za-z-]{1,64}")
 Note = Callable[[str, str], None]  # the client's name, and a sentence
 
 
@@ -125,8 +128,9 @@ class _Member:
             await asyncio.gather(task, return_exceptions=True)
 
     async def _work(self, offer: wire.Offer) -> None:
-        round = wire.Header.FromString(offer.header).task.round
+        round = 0
         try:
+            round = _checked(offer)
             if not self.store.outbox.holds(offer.nonce):  # or it was answered before this process came back
                 self.store.outbox.keep_only(offer.nonce)
                 await self._answer(offer, round)
@@ -175,6 +179,17 @@ class _Member:
             reason = f"client {self._client!r} lost the process that trained it ({error}); is there enough memory?"
             header, payload = encode(Failure(self._client, round, reason))
             self.store.outbox.put(offer.nonce, header, payload)
+
+
+def _checked(offer: wire.Offer) -> int:
+    """The offer's round; CodecError for names that a server does not give: they become names of files here."""
+    for name in (offer.nonce, offer.run):
+        if not NAME.fullmatch(name):
+            raise CodecError(f"{name[:80]!r} is no name of a task or a run; is this a Shoal server?")
+    content, _, _ = content_of(offer.header)
+    if content != "task" or offer.assignment.total_bytes > LIMITS.header:
+        raise CodecError(f"the offer brings {content} and {offer.assignment.total_bytes} bytes of assignment")
+    return int(wire.Header.FromString(offer.header).task.round)
 
 
 def _told(round: int, header: bytes, receipt: wire.Receipt) -> str:

@@ -36,7 +36,8 @@ class Store:
     """The folder of one client."""
 
     def __init__(self, root: Path, client: str) -> None:
-        self.client, self.path = client, root / "clients" / quote(client, safe="")
+        # Dots too: ".." must stay a name.
+        self.client, self.path = client, root / "clients" / quote(client, safe="").replace(".", "%2E")
         self.cache, self.outbox = self.path / "cache", Outbox(self.path / "outbox")
         self._lock: IO[str] | None = None
 

@@ -23,11 +23,35 @@ __all__ = ["Depot", "Over", "deliver"]
 KEPT = 4  # contents in the cache: the assignment, this round's and the next one's
 PAUSE = 1.0  # seconds before a transfer is tried again on a connection that stands
 SHORT = 120.0  # seconds for a call that carries no tensors; the server examines a large answer within
+TRIES = 20  # in vain, on a connection that stands
 LAST = frozenset({grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.PERMISSION_DENIED})
+BROKEN = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.CANCELLED})
 
 
 class Over(Exception):
     """The task needs no answer any more."""
+
+
+class _Attempts:
+    """Whether and when to try again: as long as the connection breaks, or something moves."""
+
+    def __init__(self, link: Link) -> None:
+        self._link, self._moved, self._vain = link, -1, 0
+
+    async def again(self, error: aio.AioRpcError | CodecError, moved: int) -> None:
+        """Wait before the next attempt; ``moved`` bytes are across so far.
+
+        Over if the server wants no more of it, InvalidUpdate if it says no, or has said the same too often.
+        """
+        code, said = (error.code(), error.details()) if isinstance(error, aio.AioRpcError) else (None, str(error))
+        if code is grpc.StatusCode.NOT_FOUND:
+            raise Over(said) from error
+        self._vain = 0 if moved > self._moved or code in BROKEN else self._vain + 1
+        self._moved = max(moved, self._moved)
+        if code in LAST or self._vain >= TRIES:
+            raise InvalidUpdate(said or f"the server fails ({code})") from error
+        await asyncio.sleep(PAUSE)
+        await self._link.session()
 
 
 class Depot:
@@ -38,16 +62,17 @@ class Depot:
         self._turns: dict[bytes, asyncio.Lock] = {}
 
     async def fetch(self, link: Link, content: wire.Content) -> Path:
-        """The file that holds the content; Over if the server does not offer it any more."""
-        path = self._folder / content.sha256.hex()
+        """The file that holds the content; Over if the server does not offer it any more, InvalidUpdate if it fails."""
+        path, attempts = self._folder / content.sha256.hex(), _Attempts(link)
+        part = path.with_suffix(".part")
         async with self._turns.setdefault(content.sha256, asyncio.Lock()):
             while not path.is_file():
                 try:
-                    await self._download(link, content, path.with_suffix(".part"))
-                    path.with_suffix(".part").rename(path)
+                    await self._download(link, content, part)
+                    part.rename(path)
                     self._prune()
-                except aio.AioRpcError as error:
-                    await _again(link, error)
+                except (aio.AioRpcError, CodecError) as error:
+                    await attempts.again(error, part.stat().st_size if part.is_file() else 0)
         path.touch()
         return path
 
@@ -84,21 +109,20 @@ async def deliver(link: Link, nonce: str, header: bytes, payload: Path) -> wire.
 
     Begin says what has arrived already, so nothing is sent twice however often the connection breaks.
     """
-    total = content_of(header)[2]
+    total, attempts, moved = content_of(header)[2], _Attempts(link), 0
     while True:
         session = await link.session()
         try:
             begun = await link.stub.Begin(wire.BeginRequest(session=session, nonce=nonce, header=header), timeout=SHORT)
-            if begun.offset < total:
-                await link.stub.Upload(_pieces(session, nonce, mapped(payload), begun.offset))
+            moved = int(begun.offset)
+            if moved < total:
+                await link.stub.Upload(_pieces(session, nonce, mapped(payload), moved))
             receipt: wire.Receipt = await link.stub.Commit(
                 wire.CommitRequest(session=session, nonce=nonce), timeout=SHORT
             )
             return receipt
         except aio.AioRpcError as error:
-            if error.code() in LAST:
-                raise InvalidUpdate(error.details() or "the server refuses the answer") from error
-            await _again(link, error)
+            await attempts.again(error, moved)
 
 
 async def _pieces(session: str, nonce: str, data: memoryview, offset: int) -> AsyncIterator[wire.UploadRequest]:
@@ -106,14 +130,6 @@ async def _pieces(session: str, nonce: str, data: memoryview, offset: int) -> As
         request = wire.UploadRequest(session=session, nonce=nonce)
         fill(request.chunk, position, block)
         yield request
-
-
-async def _again(link: Link, error: aio.AioRpcError) -> None:
-    """Wait before the next attempt; Over if there is no point in one."""
-    if error.code() is grpc.StatusCode.NOT_FOUND:
-        raise Over(error.details()) from error
-    await asyncio.sleep(PAUSE)
-    await link.session()
 
 
 def _digest(path: Path) -> hashlib._Hash:
