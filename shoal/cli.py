@@ -95,9 +95,12 @@ def server(
 ) -> None:
     """Run experiments on clients that connect."""
     from shoal.experiment import Experiment
+    from shoal.protos.errors import ExperimentError
     from shoal.serve import Door, serve
 
     files, overrides = [e for e in experiments if "=" not in e], [e for e in experiments if "=" in e]
+    if not files:
+        raise ExperimentError("there is nothing to serve; name at least one experiment file")
     loaded = [Experiment.from_file(file, overrides) for file in files]
     door = Door(listen, None if tls is None else str(tls.resolve()), insecure, force, wait_for, lease, heartbeat)
     runs = serve(loaded, door, out=out, progress="json" if as_json else "auto")

@@ -303,6 +303,42 @@ def test_bad_input_is_one_sentence_and_exit_code_2(shoal: Shoal, arguments: list
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("server tiny.toml --listen 127.0.0.1:0", "give --tls DIR for an encrypted connection"),
+        ("server tiny.toml --insecure --listen 0.0.0.0:1", "in plain text beyond this machine"),
+        ("server tiny.toml --insecure --listen nowhere", "'nowhere' is not of the form HOST:PORT"),
+        ("server tiny.toml --insecure --tls .", "exclude each other"),
+        ("server tiny.toml --tls .", "ca.pem' cannot be read"),
+        ("server tiny.toml --insecure --wait-for 1", "--wait-for is 1, but a round needs 3 updates"),
+        ("server tiny.toml --insecure --lease 0", "lease is 0.0; it must be a number of seconds"),
+        ("server tiny.toml missing.toml --insecure", "no experiment file 'missing.toml'"),
+        ("server rounds=2 --insecure", "name at least one experiment"),
+        ("data split missing.toml --to shards", "no experiment file 'missing.toml'"),
+    ],
+)
+def test_what_cannot_be_served_is_one_sentence_too(shoal: Shoal, arguments: str, message: str) -> None:
+    code, _, err = shoal(*arguments.split())
+
+    assert code == 2
+    assert err.startswith("shoal: ") and message in err, err
+    assert not Path("runs").exists()
+
+
+def test_what_exists_only_in_python_cannot_be_served(shoal: Shoal) -> None:
+    from torch import nn
+
+    from shoal import Experiment, datasets
+    from shoal.protos.errors import ExperimentError
+
+    data = datasets.from_csv("tiny.csv", label="y", client="site")
+    made = Experiment(model=lambda: nn.Linear(2, 2), data=data, cohort=3)
+
+    with pytest.raises(ExperimentError, match="model exists only in Python, but clients build it by name"):
+        made.serve("127.0.0.1:0", insecure=True)
+
+
 def test_what_is_refused_leaves_no_run_behind(shoal: Shoal) -> None:
     shoal("simulate", "tiny.toml", "cohort=7", "--workers", "0")
 
