@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable
+from hashlib import sha256
 from pathlib import Path
 from typing import IO
 from urllib.parse import quote
@@ -28,16 +29,16 @@ except ImportError:  # not a POSIX system: nobody keeps a second process away
 
 __all__ = ["Outbox", "Store", "keep_state", "kept_state"]
 
+LONGEST = 200  # characters of a folder's name: file systems take 255
 RUNS = 3  # whose states are kept; older ones go
-STATES = 3  # of a run: the true one, one before it (a server may go back a checkpoint), and one not yet counted
+OLDER = 2  # states of a run before the true one that are kept: a server may go back a checkpoint
 
 
 class Store:
     """The folder of one client."""
 
     def __init__(self, root: Path, client: str) -> None:
-        # Dots too: ".." must stay a name.
-        self.client, self.path = client, root / "clients" / quote(client, safe="").replace(".", "%2E")
+        self.client, self.path = client, root / "clients" / _folder_name(client)
         self.cache, self.outbox = self.path / "cache", Outbox(self.path / "outbox")
         self._lock: IO[str] | None = None
 
@@ -65,7 +66,8 @@ class Store:
         runs, mine = self.path / "runs", self.path / "runs" / quote(run, safe="")
         mine.mkdir(parents=True, exist_ok=True)
         mine.touch()
-        for old in sorted(runs.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)[RUNS:]:
+        others = [path for path in runs.iterdir() if path != mine]
+        for old in sorted(others, key=lambda path: path.stat().st_mtime, reverse=True)[RUNS - 1 :]:
             shutil.rmtree(old, ignore_errors=True)
         return mine
 
@@ -101,15 +103,25 @@ class Outbox:
                 path.unlink(missing_ok=True)
 
 
+def _folder_name(client: str) -> str:
+    """Any name as one that a folder may have: without slashes and dots (".." must stay a name), and not too long."""
+    name = quote(client, safe="").replace(".", "%2E")
+    return name if len(name) <= LONGEST else f"{name[:100]}-{sha256(client.encode()).hexdigest()}"
+
+
 def keep_state(folder: Path, round: int, data: bytes) -> None:
     """Keep the state that goes with the update of ``round``."""
     write_whole(folder / f"{round:05d}", [data])
 
 
 def kept_state(folder: Path, counted: int) -> bytes | None:
-    """The state of the update that was last counted, None if there is none; what can no longer become true goes."""
+    """The state of the update that was last counted, None if there is none; what can no longer become true goes.
+
+    It is asked for when a task begins: what is newer than the last counted state then was never counted.
+    """
     states = sorted((path for path in folder.iterdir() if path.name.isdecimal()), key=lambda path: int(path.name))
-    for old in [path for path in states if int(path.name) < counted][: 1 - STATES]:
-        old.unlink()
+    older = [path for path in states if int(path.name) < counted]
+    for old in [*older[:-OLDER], *(path for path in states if int(path.name) > counted)]:
+        old.unlink(missing_ok=True)
     path = folder / f"{counted:05d}"
     return path.read_bytes() if counted and path.is_file() else None
