@@ -7,144 +7,26 @@ is told as events to whoever asked.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import secrets
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from shoal.protos import fleet_pb2 as wire
 from shoal.protos.codec import content_of, decode_failure
-from shoal.protos.errors import CodecError, InvalidUpdate, ShoalError
+from shoal.protos.errors import CodecError, InvalidUpdate
 from shoal.protos.files import mapped
 from shoal.protos.messages import Failure
 from shoal.protos.transport import CAPABILITIES, VERSIONS, software
+from shoal.server.orders import Answered, Assigned, Blob, Denied, Event, Failed, Joined, Left, Order, Session
 from shoal.server.spool import Incoming
 
-__all__ = ["Answered", "Blob", "Denied", "Event", "Failed", "Hub", "Joined", "Left", "Order", "Session"]
+__all__ = ["Hub"]
 
 MISSED = 3  # heartbeats, after which a connection is taken for dead
 LONGEST = 20_000  # characters of a client's traceback that are kept
 QUEUED = 64  # replies to one client: a client that does not read gets no more heartbeats
-
-
-class Denied(ShoalError):
-    """A call that gets no answer but an error; ``code`` is a gRPC status code's name."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
-
-
-@dataclass(frozen=True)
-class Answered:
-    """A checked answer lies in a file; whoever takes the event deletes it."""
-
-    nonce: str
-    client: str
-    header: bytes
-    path: Path
-
-
-@dataclass(frozen=True)
-class Failed:
-    nonce: str
-    failure: Failure
-
-
-@dataclass(frozen=True)
-class Joined:
-    client: str
-    peer: str
-
-
-@dataclass(frozen=True)
-class Left:
-    client: str
-    reason: str
-
-
-Event = Answered | Failed | Joined | Left
-
-
-@dataclass(frozen=True)
-class Blob:
-    """Bytes that clients may fetch: buffers one behind the other."""
-
-    sha256: bytes
-    buffers: Sequence[memoryview]
-
-    @classmethod
-    def of(cls, data: bytes) -> Blob:
-        return cls(hashlib.sha256(data).digest(), [memoryview(data)])
-
-    @property
-    def content(self) -> wire.Content:
-        return wire.Content(sha256=self.sha256, total_bytes=sum(buffer.nbytes for buffer in self.buffers))
-
-
-@dataclass(frozen=True)
-class Order:
-    """One ask: what its clients have in common.
-
-    ``check(client, content, header, payload)`` raises for an answer that must not be taken; it is called with None for
-    a payload still to come, and not for a failure. ``ends`` is a time of the monotonic clock.
-    """
-
-    run: str
-    round: int
-    assignment: Blob
-    header: bytes
-    payload: Blob
-    check: Callable[[str, str, bytes, memoryview | None], None]
-    lease: float
-    ends: float | None = None
-
-
-@dataclass
-class Assigned:
-    """One client's part of an order."""
-
-    nonce: str
-    client: str
-    counted: int
-    order: Order
-    since: float
-    incoming: Incoming | None = None
-    committing: asyncio.Task[wire.Receipt] | None = None  # from then on nobody else may fail or withdraw it
-
-    def offer(self) -> wire.ConnectReply:
-        o = self.order
-        offer = wire.Offer(
-            nonce=self.nonce,
-            lease=o.lease,
-            run=o.run,
-            assignment=o.assignment.content,
-            counted=self.counted,
-            header=o.header,
-        )
-        return wire.ConnectReply(offer=offer)
-
-
-@dataclass(eq=False)
-class Session:
-    """One connection of one client."""
-
-    token: str
-    client: str
-    instance: str
-    peer: str
-    seen: float
-    outgoing: asyncio.Queue[wire.ConnectReply | None] = field(default_factory=asyncio.Queue)
-
-    def send(self, reply: wire.ConnectReply) -> None:
-        self.outgoing.put_nowait(reply)
-
-    def close(self, reason: str, advice: wire.Goodbye.Advice.ValueType) -> None:
-        self.send(wire.ConnectReply(goodbye=wire.Goodbye(reason=reason, advice=advice)))
-        self.outgoing.put_nowait(None)
 
 
 class Hub:

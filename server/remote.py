@@ -24,7 +24,7 @@ from shoal.protos.files import mapped
 from shoal.protos.messages import Failure, Kind, Task, check_update
 from shoal.protos.parameters import Parameters
 from shoal.server.fleet import Ask, Part, Report
-from shoal.server.hub import Answered, Blob, Event, Failed, Order
+from shoal.server.orders import Answered, Blob, Event, Failed, Order
 from shoal.server.serving import Serving
 from shoal.strategies.base import Mine, Strategy
 from shoal.strategies.sums import contribute

@@ -15,7 +15,8 @@ from grpc import aio
 from shoal.protos import fleet_pb2 as wire
 from shoal.protos.errors import CodecError
 from shoal.protos.transport import SERVICE, chunks
-from shoal.server.hub import Denied, Hub, Session
+from shoal.server.hub import Hub
+from shoal.server.orders import Denied, Session
 
 __all__ = ["handlers"]
 

@@ -20,7 +20,8 @@ from grpc import aio
 from shoal.protos import fleet_pb2 as wire
 from shoal.protos.errors import ConnectionRefused, RunError
 from shoal.protos.transport import SERVER, Address, Certificates
-from shoal.server.hub import Event, Hub
+from shoal.server.hub import Hub
+from shoal.server.orders import Event
 from shoal.server.service import handlers
 
 __all__ = ["Serving"]

@@ -19,7 +19,7 @@ from shoal.protos.transport import Address, check_exposure
 from shoal.run import Run
 from shoal.server.coordinator import Coordinator
 from shoal.server.fleet import Fleet
-from shoal.server.hub import Event, Joined, Left
+from shoal.server.orders import Event, Joined, Left
 from shoal.server.remote import RemoteFleet, Terms
 from shoal.server.runs import RunFolder
 from shoal.server.serving import Serving

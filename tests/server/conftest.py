@@ -17,7 +17,7 @@ from shoal.protos import fleet_pb2 as wire
 from shoal.protos.codec import Value, encode
 from shoal.protos.fleet_pb2_grpc import FleetStub
 from shoal.protos.transport import CHANNEL, CHUNK, Address, Certificates
-from shoal.server.hub import Event
+from shoal.server.orders import Event
 from shoal.server.serving import Serving
 
 WAIT = 10.0  # seconds for what comes within milliseconds

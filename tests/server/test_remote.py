@@ -21,7 +21,7 @@ from shoal.protos.messages import Failure, Kind, Measurement, Update
 from shoal.protos.parameters import Entry, Layout, Parameters, Segment
 from shoal.server.coordinator import Coordinator, Plan, start
 from shoal.server.fleet import Ask, Part, Report
-from shoal.server.hub import Event, Joined, Left
+from shoal.server.orders import Event, Joined, Left
 from shoal.server.remote import RemoteFleet, Terms
 from shoal.server.serving import Serving
 from shoal.strategies.base import Context

@@ -21,7 +21,7 @@ from shoal.protos.messages import Failure, Update
 from shoal.protos.transport import CHUNK, SERVICE
 from shoal.server import service
 from shoal.server import serving as serving_module
-from shoal.server.hub import Answered, Blob, Failed, Joined, Left, Order
+from shoal.server.orders import Answered, Blob, Failed, Joined, Left, Order
 from shoal.server.serving import Serving
 
 if TYPE_CHECKING:
