@@ -58,6 +58,11 @@ CHANNEL = [
 SERVER = [
     *_COMMON,
     ("grpc.so_reuseport", 0),  # or a second server on the same port would take every other client
+    ("grpc.http2.bdp_probe", 0),  # or windows grow, and with them the bytes of each client that wait in memory
+    ("grpc.http2.lookahead_bytes", 2**18),
+    ("grpc.keepalive_time_ms", 60_000),  # finds out who is gone without a word
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_permit_without_calls", 1),  # or the pings of a client that waits to call again are too many
     ("grpc.http2.min_ping_interval_without_data_ms", 20_000),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 20_000),
     ("grpc.max_metadata_size", 16_384),
