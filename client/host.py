@@ -53,7 +53,8 @@ async def host(settings: Settings) -> None:
     try:
         stores = [Store(settings.state, name) for name in settings.clients]
         depot = Depot(stores[0].cache)  # one for all: what is addressed by its content need not come twice
-        members += [_Member(settings, store, workers, depot) for store in stores]
+        for store in stores:
+            members.append(_Member(settings, store, workers, depot))
         await _look(settings, workers)
         async with asyncio.TaskGroup() as group:
             for member in members:
@@ -67,14 +68,24 @@ async def host(settings: Settings) -> None:
 
 
 async def _look(settings: Settings, workers: Workers) -> None:
-    """Read the data of a single client before it says hello; DataError if that fails."""
-    if len(settings.clients) > 1:
-        return
-    for client, data in settings.clients.items():
-        found = await workers.run({"kind": "look", "client": client, "data": dict(data)})
-        if "error" in found:
-            raise DataError(found["error"])
+    """Try the device and the allowed code, and read the data of a single client, before it says hello.
+
+    DataError if that fails.
+    """
+    (client, data), *more = settings.clients.items()
+    job = {"kind": "look", "client": None if more else client, "data": dict(data)}
+    try:
+        found = await workers.run({**job, "allow": list(settings.allow), "device": settings.device})
+    except WorkerLost as error:
+        raise DataError(f"the process that reads the data was lost ({error}){_hint(error)}") from error
+    if "error" in found:
+        raise DataError(found["error"])
+    if not more:
         settings.note(client, f"{found['examples']} examples to train on, {found['held_out']} held out")
+
+
+def _hint(error: WorkerLost) -> str:
+    return "; is there enough memory?" if "signal 9" in str(error) else "; see what it said above"
 
 
 def _first(error: BaseException) -> BaseException:
@@ -176,7 +187,7 @@ class _Member:
         try:
             await self._workers.run(job)
         except WorkerLost as error:
-            reason = f"client {self._client!r} lost the process that trained it ({error}); is there enough memory?"
+            reason = f"client {self._client!r} lost the process that trained it ({error}){_hint(error)}"
             header, payload = encode(Failure(self._client, round, reason))
             self.store.outbox.put(offer.nonce, header, payload)
 

@@ -10,9 +10,10 @@ import os
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import IO
 
-__all__ = ["answers_on", "command", "cores", "end_with", "environment", "fate"]
+__all__ = ["answers_on", "command", "cores", "end_with", "environment", "fate", "jobs_on"]
 
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 # glibc gives large blocks back to the system and faults them in again at every step; other systems ignore these names.
@@ -25,8 +26,12 @@ def cores() -> int:
 
 
 def command(module: str) -> list[str]:
-    """How to start ``module``'s ``main``: with the caller's import paths, never the folder it starts in."""
-    return [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; from {module} import main; main()"]
+    """How to start ``module``'s ``main``: with the caller's import paths, never the folder it starts in.
+
+    It ends with the caller, from before the first heavy import on.
+    """
+    watch = f"from shoal.client.process import end_with; end_with({os.getpid()})"
+    return [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; {watch}; from {module} import main; main()"]
 
 
 def environment() -> dict[str, str]:
@@ -39,6 +44,14 @@ def answers_on() -> IO[bytes]:
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     return answers
+
+
+def jobs_on() -> IO[bytes]:
+    """In the process: the pipe from its parent. What a user's code asks at a terminal must not wait for an answer."""
+    jobs = os.fdopen(os.dup(sys.stdin.fileno()), "rb")
+    with Path(os.devnull).open("rb") as nobody:
+        os.dup2(nobody.fileno(), sys.stdin.fileno())
+    return jobs
 
 
 def end_with(parent: int) -> None:

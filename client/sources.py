@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,12 @@ __all__ = ["read_shard", "shard_of", "write_shard"]
 def write_shard(folder: Path, client: str, shard: Shard) -> Path:
     """``FOLDER/<client>.npz`` with ``x`` and ``y`` and, where there are some, ``x_test`` and ``y_test``."""
     parts = {"x": shard.x, "y": shard.y, "x_test": shard.x_test, "y_test": shard.y_test}
+    arrays: dict[str, Any] = {name: part.numpy() for name, part in parts.items() if part is not None}
     path = folder / f"{quote(client, safe=' ')}.npz"
-    np.savez(path, allow_pickle=False, **{name: part.numpy() for name, part in parts.items() if part is not None})
+    aside = folder / f".{path.name}.new"
+    with aside.open("wb") as file:  # who trains on the shard meanwhile sees the old one or the new one
+        np.savez(file, **arrays)
+    aside.replace(path)
     return path
 
 
@@ -37,13 +43,15 @@ def read_shard(path: Path) -> Shard:
 
 
 def _kind(path: Path) -> Any:
-    """Whole numbers that are no images are token ids and stay whole."""
+    """Whole numbers of more than a byte are token ids and stay whole."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            return "int64" if "x" in archive.files and archive["x"].dtype.kind == "i" else "float32"
-    except (OSError, ValueError) as error:
+        with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as archive:
+            x = archive["x"] if "x" in archive.files else np.zeros(0)
+            return "int64" if x.dtype.kind in "iu" and x.dtype.itemsize > 1 else "float32"
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise DataError(
-            f"{str(path)!r} cannot be read as a shard ({error}); make one with 'shoal data split'"
+            f"{str(path)!r} cannot be read as a shard ({reason}); make one with 'shoal data split'"
         ) from error
 
 
@@ -57,7 +65,9 @@ def shard_of(client: str, spec: Mapping[str, Any]) -> Shard:
     if "name" not in arguments:
         place = Path(arguments["path"])
         return read_shard(place / f"{quote(client, safe=' ')}.npz" if place.is_dir() else place)
-    held = float(arguments.pop("client_test", 0.0))
+    held = arguments.pop("client_test", 0.0)
+    if isinstance(held, bool) or not isinstance(held, int | float) or not 0 <= held < 1:
+        raise DataError(f"client_test is {held!r}; it must be a fraction, from 0 to below 1")
     table = read_function(arguments.pop("name"), **arguments)
     if table.clients is not None:
         rows = np.flatnonzero(table.clients == client)

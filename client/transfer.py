@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import IO
@@ -63,18 +64,28 @@ class Depot:
 
     async def fetch(self, link: Link, content: wire.Content) -> Path:
         """The file that holds the content; Over if the server does not offer it any more, InvalidUpdate if it fails."""
-        path, attempts = self._folder / content.sha256.hex(), _Attempts(link)
-        part = path.with_suffix(".part")
+        path = self._folder / content.sha256.hex()
         async with self._turns.setdefault(content.sha256, asyncio.Lock()):
-            while not path.is_file():
+            if not path.is_file():
+                part = path.with_suffix(".part")
                 try:
-                    await self._download(link, content, part)
-                    part.rename(path)
-                    self._prune()
-                except (aio.AioRpcError, CodecError) as error:
-                    await attempts.again(error, part.stat().st_size if part.is_file() else 0)
-        path.touch()
+                    await self._complete(link, content, part)
+                    await asyncio.to_thread(_sync, part)
+                except (Over, InvalidUpdate):
+                    part.unlink(missing_ok=True)
+                    raise
+                part.rename(path)
+            path.touch()
+            self._prune()
         return path
+
+    async def _complete(self, link: Link, content: wire.Content, part: Path) -> None:
+        attempts = _Attempts(link)
+        while True:
+            try:
+                return await self._download(link, content, part)
+            except (aio.AioRpcError, CodecError) as error:
+                await attempts.again(error, part.stat().st_size if part.is_file() else 0)
 
     async def _download(self, link: Link, content: wire.Content, part: Path) -> None:
         session = await link.session()
@@ -94,9 +105,16 @@ class Depot:
 
     def _prune(self) -> None:
         """Only the newest stay; a file that a worker has mapped lives on until it lets go."""
-        whole = [path for path in self._folder.iterdir() if not path.suffix]
-        for old in sorted(whole, key=lambda path: path.stat().st_mtime, reverse=True)[KEPT:]:
-            old.unlink(missing_ok=True)
+        busy = {f"{sha256.hex()}.part" for sha256, turn in self._turns.items() if turn.locked()}
+        for suffix in ("", ".part"):
+            found = [path for path in self._folder.iterdir() if path.suffix == suffix and path.name not in busy]
+            for old in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)[KEPT:]:
+                old.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def _append(file: IO[bytes], digest: hashlib._Hash, data: bytes) -> None:

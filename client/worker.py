@@ -6,8 +6,6 @@ It is told in JSON lines where a task lies and where its answer goes; tensors it
 from __future__ import annotations
 
 import json
-import os
-import sys
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -23,15 +21,15 @@ from shoal.client.data import Shard
 from shoal.client.local import LocalTraining
 from shoal.client.net import Net, build_module, parameters_of, to_numpy
 from shoal.client.participant import Participant, failure
-from shoal.client.process import answers_on, end_with
+from shoal.client.process import answers_on, jobs_on
 from shoal.client.sources import shard_of
 from shoal.client.store import Outbox, keep_state, kept_state
 from shoal.protos import registry
 from shoal.protos.assignment import Assignment
-from shoal.protos.codec import Value, decode_task, encode
-from shoal.protos.errors import DataError, InvalidUpdate, ShoalError
+from shoal.protos.codec import decode_task, encode
+from shoal.protos.errors import DataError, ExperimentError, InvalidUpdate, ShoalError
 from shoal.protos.files import mapped
-from shoal.protos.messages import Failure, Kind, Measurement, Task
+from shoal.protos.messages import Failure, Kind, Measurement, Task, Update
 from shoal.protos.parameters import Layout, frozen_hash
 from shoal.strategies.base import Mine, Strategy
 from shoal.strategies.sums import Carried
@@ -43,39 +41,58 @@ SHARDS = 64  # kept in memory where one process plays many clients
 
 def main() -> None:
     """Answer jobs until the other side is gone."""
-    answers = answers_on()
+    jobs, answers = jobs_on(), answers_on()
     torch.set_num_threads(1)
-    end_with(os.getppid())
-    for line in sys.stdin.buffer:
+    for line in jobs:
         job = json.loads(line)
         answers.write(json.dumps(_look(job) if job["kind"] == "look" else _play(job)).encode() + b"\n")
         answers.flush()
 
 
 def _look(job: Mapping[str, Any]) -> dict[str, Any]:
-    """What a client's data hold; the reason if they cannot be read."""
+    """What a client's data hold; the reason if they, its device or the code it allows are not to be had."""
     try:
+        for name in job["allow"]:
+            registry.load("what --allow names", name)
+        _check_device(job["device"])
+        if job["client"] is None:
+            return {}
         shard = shard_of(job["client"], job["data"])
+    except ShoalError as error:
+        return {"error": str(error)}
     except Exception as error:
-        return {"error": failure(error, job["client"], 0).reason if not isinstance(error, ShoalError) else str(error)}
+        return {"error": f"the data of client {job['client']!r} cannot be read: {type(error).__name__}: {error}"}
     return {"examples": len(shard), "held_out": len(shard.held_out or ())}
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.zeros(1, device=device)
+    except Exception as error:  # torch has many kinds
+        reason = str(error).partition("\n")[0]
+        raise ExperimentError(
+            f"--device {device!r} is not to be had here ({reason}); leave it out to use the CPU"
+        ) from error
 
 
 def _play(job: Mapping[str, Any]) -> dict[str, Any]:
     """One task from its files to its answer's; whatever goes wrong in it is the answer."""
     client, round = job["client"], int(job["round"])
-    answer: Value
     try:
-        answer = _answer(job)
-        header, payload = encode(answer)
+        header, payload = encode(_answer(job))
     except Exception as error:
-        answer = failure(error, client, round)
-        header, payload = encode(Failure(client, round, answer.reason, answer.traceback[-20_000:]))
+        header, payload = encode(_sendable(failure(error, client, round)))
     Outbox(Path(job["outbox"])).put(job["nonce"], header, payload)
     return {}
 
 
-def _answer(job: Mapping[str, Any]) -> Value:
+def _sendable(told: Failure) -> Failure:
+    """Of a length, and in characters, that fit into a header: names of files may hold others."""
+    reason, trace = (text.encode("utf-8", "replace").decode() for text in (told.reason, told.traceback))
+    return Failure(told.client, told.round, reason[:20_000], trace[-20_000:])
+
+
+def _answer(job: Mapping[str, Any]) -> Update[np.ndarray] | Measurement:
     client, states = job["client"], Path(job["states"])
     task, frozen = decode_task(Path(job["task"]).read_bytes(), mapped(Path(job["payload"])), verify=False)
     participant, strategy = _participant(Path(job["assignment"]), tuple(job["allow"]), job["device"])

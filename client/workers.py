@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 from asyncio.subprocess import PIPE, Process
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from typing import Any
 
 from shoal.client.process import command, environment, fate
@@ -14,6 +14,7 @@ from shoal.client.process import command, environment, fate
 __all__ = ["WorkerLost", "Workers"]
 
 IDLE = 60.0  # seconds without work after which torch's memory is worth more than its start
+LINE = 2**22  # bytes of an answer: an error may be long
 GRACE = 2.0  # seconds for a task that nobody wants any more to end by itself
 
 
@@ -43,9 +44,7 @@ class Workers:
         try:
             found = await asyncio.shield(answer)
         except asyncio.CancelledError:
-            leaving = asyncio.create_task(self._abandon(process, answer))
-            self._leaving.add(leaving)
-            leaving.add_done_callback(self._leaving.discard)
+            self._later(self._abandon(process, answer))
             raise
         except WorkerLost:
             self._all.discard(process)
@@ -54,13 +53,25 @@ class Workers:
         self._give(process)
         return found
 
+    def _later(self, leaving: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(leaving)
+        self._leaving.add(task)
+        task.add_done_callback(self._leaving.discard)
+
     async def _take(self) -> Process:
-        if self._idle:
+        while self._idle:
             process = self._idle.pop()
             self._endings.pop(process).cancel()
-            return process
+            if process.returncode is None:
+                return process
+            self._all.discard(process)  # it died without a job: nobody's failure
         process = await asyncio.create_subprocess_exec(
-            *command("shoal.client.worker"), stdin=PIPE, stdout=PIPE, env=environment(), start_new_session=True
+            *command("shoal.client.worker"),
+            stdin=PIPE,
+            stdout=PIPE,
+            env=environment(),
+            start_new_session=True,
+            limit=LINE,
         )
         self._all.add(process)
         return process
@@ -71,12 +82,16 @@ class Workers:
         self._free.release()
 
     def _end(self, process: Process) -> None:
-        """Its input ends, and so does it."""
         self._idle.remove(process)
         self._endings.pop(process).cancel()
-        self._all.discard(process)
+        self._later(self._part(process))
+
+    async def _part(self, process: Process) -> None:
+        """Its input ends, and so does it."""
         assert process.stdin is not None
         process.stdin.close()
+        await process.wait()
+        self._all.discard(process)
 
     async def _abandon(self, process: Process, answer: asyncio.Future[dict[str, Any]]) -> None:
         """Nobody wants the answer: let it end by itself, which saves a start, or kill it."""
@@ -95,7 +110,7 @@ class Workers:
     async def close(self) -> None:
         for ending in self._endings.values():
             ending.cancel()
-        for process in self._all:
+        for process in list(self._all):
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             await process.wait()
