@@ -6,7 +6,6 @@ Nothing here needs torch: a client that waits for work is small.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import random
 import secrets
 import time
@@ -125,8 +124,7 @@ class Link:
                 return await self._listen(call, MISSED * welcome.heartbeat)
             finally:
                 beating.cancel()
-                with contextlib.suppress(asyncio.CancelledError, aio.AioRpcError, asyncio.InvalidStateError):
-                    await beating
+                await asyncio.gather(beating, return_exceptions=True)
         finally:
             call.cancel()
 
@@ -142,7 +140,8 @@ class Link:
             return bool(goodbye.advice == wire.Goodbye.FINISHED)
 
     async def _read(self, call: Any, seconds: float) -> wire.ConnectReply:
-        reply = await asyncio.wait_for(call.read(), seconds)
+        async with asyncio.timeout(seconds):  # not wait_for, which swallows a cancellation that comes with a reply
+            reply = await call.read()
         if isinstance(reply, wire.ConnectReply):
             return reply
         code = await call.code()  # the end of the stream: raise what it ended with
