@@ -1,4 +1,4 @@
-"""Where a client's examples come from: a shard file, a table of its own, a folder of shard files."""
+"""Where a client's examples come from: a shard file, or a table of its own."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, unquote
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -63,8 +63,7 @@ def shard_of(client: str, spec: Mapping[str, Any]) -> Shard:
     """
     arguments = dict(spec)
     if "name" not in arguments:
-        place = Path(arguments["path"])
-        return read_shard(place / f"{quote(client, safe=' ')}.npz" if place.is_dir() else place)
+        return read_shard(Path(arguments["path"]))
     held = arguments.pop("client_test", 0.0)
     if isinstance(held, bool) or not isinstance(held, int | float) or not 0 <= held < 1:
         raise DataError(f"client_test is {held!r}; it must be a fraction, from 0 to below 1")
@@ -80,11 +79,6 @@ def shard_of(client: str, spec: Mapping[str, Any]) -> Shard:
     order = stream(0, "client-test", 0, client).permutation(len(table))
     count = min(max(1, round(held * len(table))), len(table) - 1)
     return _shard(table.take(np.sort(order[count:])), table.take(np.sort(order[:count])) if count else None)
-
-
-def name_of(path: Path) -> str:
-    """The client that a shard file belongs to."""
-    return unquote(path.stem)
 
 
 def _shard(train: Table, test: Table | None) -> Shard:
