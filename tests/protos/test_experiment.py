@@ -15,6 +15,7 @@ LEAST = {"rounds": 2, "cohort": 1, "data": "d", "model": {"name": "m", "width": 
 def test_defaults_and_short_forms() -> None:
     file = parse(LEAST)
 
+    assert file.data is not None
     assert (file.data.name, file.data.arguments) == ("d", {})
     assert (file.model.name, file.model.arguments) == ("m", {"width": 3})
     assert (file.strategy.name, file.selector.name, file.quorum, file.seed) == ("fedavg", "uniform", 1.0, 0)
