@@ -87,9 +87,9 @@ class Link:
                     reason = str(error) or "the server does not answer"
                 if self._connected.is_set():
                     self._connected.clear()
-                    last, pause = time.monotonic(), 0.5
+                    last, pause, said = time.monotonic(), 0.5, ""
                 if patience is not None and time.monotonic() - last > patience:
-                    raise ConnectionRefused(reason)
+                    raise ConnectionRefused(reason or f"the server at {self._address} does not answer")
                 if reason and reason != said:
                     self._note(f"{reason}; trying again")
                     said = reason
@@ -162,9 +162,9 @@ class Link:
         if code is grpc.StatusCode.UNIMPLEMENTED:
             raise ConnectionRefused(f"what answers at {self._address} is no Shoal server; correct --connect")
         if code in FINAL:
-            raise ConnectionRefused(details)
+            raise ConnectionRefused(details or f"the server at {self._address} says no ({code.name.lower()})")
         if code is grpc.StatusCode.UNAVAILABLE:
             folder = None if self._certificates is None else self._certificates.folder
             found = await asyncio.to_thread(diagnose, self._address, folder)
             return found or ("the connection broke" if self._connected.is_set() else "")  # else: it is just coming up
-        return f"the connection failed ({code.name.lower()}: {details})"
+        return f"the connection failed ({code.name.lower()}: {details or 'no reason given'})"

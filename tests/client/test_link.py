@@ -1,0 +1,354 @@
+"""A client's connection: what it says when there is none, when it gives up, and how it comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import pytest
+
+from shoal.client.link import Link
+from shoal.protos import fleet_pb2 as wire
+from shoal.protos.errors import ConnectionRefused
+from shoal.protos.transport import CHANNEL, Address
+from shoal.server.service import handlers
+from shoal.server.serving import Serving
+
+if TYPE_CHECKING:
+    from tests.client.conftest import Between, Connect, Serve
+
+Status = grpc.StatusCode
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    short = [option for option in CHANNEL if "backoff" not in option[0]]
+    short += [(f"grpc.{which}_reconnect_backoff_ms", 100) for which in ("min", "initial", "max")]
+    monkeypatch.setattr("shoal.client.link.CHANNEL", short)
+    monkeypatch.setattr("shoal.client.link.SLOWEST", 0.1)
+
+
+class Replies(grpc.GenericRpcHandler):
+    """A server whose Connect says what a test wants."""
+
+    def __init__(self, connect: Any, real: grpc.GenericRpcHandler) -> None:
+        self._connect, self._real = connect, real
+
+    def service(self, details: Any) -> Any:
+        if not details.method.endswith("Connect"):
+            return self._real.service(details)
+        return grpc.stream_stream_rpc_method_handler(
+            self._connect, wire.ConnectRequest.FromString, wire.ConnectReply.SerializeToString
+        )
+
+
+Handler = Callable[[Any, Any], AsyncIterator[wire.ConnectReply]]
+
+
+def replying(serve: Serve, connect: Handler) -> Serving:
+    return serve(service=lambda hub: Replies(connect, handlers(hub)))
+
+
+def failing(serve: Serve, code: grpc.StatusCode, said: str) -> Serving:
+    async def connect(requests: Any, context: Any) -> AsyncIterator[wire.ConnectReply]:
+        await anext(requests)
+        await context.abort(code, said)
+        yield wire.ConnectReply()
+
+    return replying(serve, connect)
+
+
+def welcome(**changes: Any) -> wire.ConnectReply:
+    fields: dict[str, Any] = {"version": 1, "software": "a test", "session": "s", "heartbeat": 30.0}
+    return wire.ConnectReply(welcome=wire.Welcome(**(fields | changes)))
+
+
+@asynccontextmanager
+async def listening(answer: bytes | None) -> AsyncIterator[Address]:
+    """What is no gRPC server: it says the same to everybody and hangs up, or with None nothing at all."""
+    open_ = list[asyncio.StreamWriter]()
+
+    async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        open_.append(writer)
+        if answer is not None:
+            await reader.read(1)
+            writer.write(answer)
+            writer.close()
+
+    server = await asyncio.start_server(speak, "127.0.0.1", 0)
+    yield Address("127.0.0.1", server.sockets[0].getsockname()[1])
+    server.close()
+    for writer in open_:
+        writer.close()
+
+
+async def given_up(address: Address, patience: float | None = 0.0, once: bool = True) -> str:
+    """What the link says in the end."""
+    link = Link(address, None, "a", lambda reply: None, lambda text: None)
+    with pytest.raises(ConnectionRefused) as caught:
+        await link.run(once=once, patience=patience)
+    return str(caught.value)
+
+
+# --- no server --------------------------------------------------------------------------------------------------------
+
+
+def nobody() -> Address:
+    with socket.create_server(("127.0.0.1", 0)) as door:
+        return Address("127.0.0.1", door.getsockname()[1])
+
+
+async def test_nothing_listens() -> None:
+    address = nobody()
+
+    assert await given_up(address) == (
+        f"nothing answers at {address} (TCP: Connection refused); start 'shoal server' there, or correct --connect or "
+        f"the firewall"
+    )
+
+
+async def test_a_host_that_does_not_exist() -> None:
+    assert "there is no host 'nowhere.invalid'" in await given_up(Address("nowhere.invalid", 1))
+
+
+@pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n", b"SSH-2.0-x\r\n", b""])
+async def test_another_kind_of_server(answer: bytes) -> None:
+    async with listening(answer) as address:
+        said = await given_up(address)
+
+    assert said.startswith(f"what answers at {address} speaks no plain gRPC; ")
+
+
+async def test_a_server_of_another_service(serve: Serve) -> None:
+    class Nothing(grpc.GenericRpcHandler):
+        def service(self, details: Any) -> None:
+            return None
+
+    address = serve(service=lambda hub: Nothing()).address
+
+    assert await given_up(address, None) == f"what answers at {address} is no Shoal server; correct --connect"
+
+
+@pytest.mark.slow
+async def test_a_server_that_takes_the_connection_and_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shoal.client.link.HELLO", 0.2)
+    monkeypatch.setattr("shoal.client.diagnose.PATIENCE", 0.2)
+    async with listening(None) as address:
+        said = await given_up(address)
+
+    assert said.startswith(f"what answers at {address} speaks no plain gRPC; ")
+
+
+async def test_a_shoal_server_that_does_not_answer_the_hello(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def connect(requests: Any, context: Any) -> AsyncIterator[wire.ConnectReply]:
+        await asyncio.Event().wait()
+        yield welcome()
+
+    monkeypatch.setattr("shoal.client.link.HELLO", 0.1)
+
+    assert await given_up(replying(serve, connect).address) == "the server does not answer"
+
+
+@pytest.mark.slow
+async def test_without_patience_it_waits_for_a_server(serve: Serve, connect: Connect, tmp_path: Path) -> None:
+    address = nobody()
+    async with connect(address) as link:
+        said = await link.says("nothing answers")
+        serve(address=str(address))
+        session = await link.session()
+
+    assert said.endswith("; trying again")
+    assert session
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code", [Status.PERMISSION_DENIED, Status.INVALID_ARGUMENT, Status.FAILED_PRECONDITION])
+async def test_a_refusal_for_good_is_the_servers_own_sentence(serve: Serve, code: grpc.StatusCode) -> None:
+    assert await given_up(failing(serve, code, "no; set --id").address, None) == "no; set --id"
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (Status.PERMISSION_DENIED, "says no (permission_denied)"),
+        (Status.UNAVAILABLE, "does not answer"),
+        (Status.INTERNAL, "the connection failed (internal: no reason given)"),
+    ],
+)
+async def test_a_refusal_without_a_word_is_a_sentence_too(serve: Serve, code: grpc.StatusCode, words: str) -> None:
+    assert words in await given_up(failing(serve, code, "").address)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("code", [Status.RESOURCE_EXHAUSTED, Status.UNKNOWN])
+async def test_what_may_pass_is_tried_again(serve: Serve, connect: Connect, code: grpc.StatusCode) -> None:
+    calls = list[int]()
+
+    async def answer(requests: Any, context: Any) -> AsyncIterator[wire.ConnectReply]:
+        calls.append(1)
+        await anext(requests)
+        if len(calls) < 3:
+            await context.abort(code, "not now")
+        yield welcome()
+        await asyncio.Event().wait()
+
+    async with connect(replying(serve, answer).address) as link:
+        said = await link.says("not now")
+        await link.session()
+
+    assert said == f"the connection failed ({code.name.lower()}: not now); trying again"
+    assert link.said.qsize() == 1  # the same is not said twice
+
+
+@pytest.mark.parametrize("client", ["", "a\nb", "x" * 201])
+async def test_a_name_that_the_server_does_not_take(serve: Serve, client: str) -> None:
+    link = Link(serve().address, None, client, lambda reply: None, lambda text: None)
+    with pytest.raises(ConnectionRefused, match="is no client name: 1 to 200 printable characters; set --id"):
+        await link.run(once=False, patience=None)
+
+
+async def test_a_server_of_another_version(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shoal.client.link.VERSIONS", (9,))
+
+    assert (await given_up(serve().address, None)).endswith("upgrade the server")
+
+
+async def test_a_server_that_chooses_a_version_nobody_offered(serve: Serve) -> None:
+    async def connect(requests: Any, context: Any) -> AsyncIterator[wire.ConnectReply]:
+        yield welcome(version=7)
+
+    assert "upgrade this client" in await given_up(replying(serve, connect).address, None)
+
+
+async def test_another_process_with_the_same_name(serve: Serve, connect: Connect) -> None:
+    address = serve().address
+    first = asyncio.create_task(given_up(address, None))
+    while True:  # until the first one is there, the second one replaces nobody
+        async with connect(address) as second:
+            await second.session()
+            done, _ = await asyncio.wait([first], timeout=0.5)
+            if done:
+                break
+
+    assert "another process has joined as 'a' from" in first.result()
+    assert first.result().endswith("give each client its own --id")
+
+
+# --- goodbyes ---------------------------------------------------------------------------------------------------------
+
+
+async def test_a_server_that_has_finished(serve: Serve, connect: Connect) -> None:
+    serving = serve()
+    link = Link(serving.address, None, "a", lambda reply: None, lambda text: None)
+    running = asyncio.create_task(link.run(once=True, patience=None))
+    await link.session()
+    await asyncio.to_thread(serving.close, finished=True)
+    await running
+
+    assert running.exception() is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("finished", [True, False])
+async def test_the_next_server_at_the_address_is_joined(serve: Serve, connect: Connect, finished: bool) -> None:
+    first = serve()
+    async with connect(first.address) as link:
+        one = await link.session()
+        await asyncio.to_thread(first.close, finished=finished)
+        await link.says("trying again")
+        serve(address=str(first.address))
+        await link.says("connected to")
+        two = await link.session()
+
+    assert one != two
+
+
+# --- breaks -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+async def test_a_connection_that_breaks_is_made_again_and_each_break_is_told(
+    serve: Serve, between: Between, connect: Connect
+) -> None:
+    serving = serve()
+    network, sessions = between(serving.address), set[str]()
+    async with connect(network.address) as link:
+        for _ in range(3):
+            await link.says("connected to")
+            sessions.add(await link.session())
+            network.cut()
+            await link.says("the connection broke; trying again")
+
+    assert len(sessions) == 3
+
+
+async def test_heartbeats_without_an_answer_are_the_end_of_a_connection(serve: Serve, connect: Connect) -> None:
+    async def answer(requests: Any, context: Any) -> AsyncIterator[wire.ConnectReply]:
+        yield welcome(heartbeat=0.05)
+        await asyncio.Event().wait()
+
+    async with connect(replying(serve, answer).address) as link:
+        await link.says("connected to")
+
+        assert await link.says("trying again") == "the server does not answer; trying again"
+
+
+async def test_every_heartbeat_names_the_task_in_hand(serve: Serve, connect: Connect) -> None:
+    heard: asyncio.Queue[str] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+
+    async def answer(requests: Any, context: Any) -> AsyncIterator[wire.ConnectReply]:
+        yield welcome(heartbeat=0.05)
+        async for request in requests:
+            if request.HasField("heartbeat"):
+                loop.call_soon_threadsafe(heard.put_nowait, request.heartbeat.nonce)
+                yield wire.ConnectReply(heartbeat=wire.Heartbeat())
+
+    async with connect(replying(serve, answer).address) as link:
+        idle = await heard.get()
+        link.working = "n"
+        while (busy := await heard.get()) == idle:
+            pass
+
+    assert (idle, busy) == ("", "n")
+
+
+async def test_offers_and_withdrawals_are_heard_in_their_order(serve: Serve, connect: Connect) -> None:
+    async def answer(requests: Any, context: Any) -> AsyncIterator[wire.ConnectReply]:
+        yield welcome()
+        yield wire.ConnectReply(offer=wire.Offer(nonce="n"))
+        yield wire.ConnectReply(withdrawal=wire.Withdrawal(nonce="n", reason="over"))
+        await asyncio.Event().wait()
+
+    async with connect(replying(serve, answer).address) as link:
+        heard = [(await link.heard.get()).WhichOneof("content") for _ in range(2)]
+
+    assert heard == ["offer", "withdrawal"]
+
+
+async def test_leaving_takes_no_time_whatever_comes_at_that_moment(serve: Serve) -> None:
+    async def answer(requests: Any, context: Any) -> AsyncIterator[wire.ConnectReply]:
+        yield welcome()
+        while True:
+            yield wire.ConnectReply(heartbeat=wire.Heartbeat())
+            await asyncio.sleep(0)
+
+    address = replying(serve, answer).address
+    for _ in range(20):
+        heard = asyncio.Event()
+        link = Link(address, None, "a", lambda reply, heard=heard: heard.set(), lambda text: None)  # type: ignore[misc]
+        running = asyncio.create_task(link.run(once=False, patience=None))
+        await heard.wait()
+        running.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait_for(running, 5)
+
+        assert running.cancelled()
