@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -334,21 +333,21 @@ async def test_offers_and_withdrawals_are_heard_in_their_order(serve: Serve, con
     assert heard == ["offer", "withdrawal"]
 
 
-async def test_leaving_takes_no_time_whatever_comes_at_that_moment(serve: Serve) -> None:
-    async def answer(requests: Any, context: Any) -> AsyncIterator[wire.ConnectReply]:
-        yield welcome()
-        while True:
-            yield wire.ConnectReply(heartbeat=wire.Heartbeat())
-            await asyncio.sleep(0)
+@pytest.mark.parametrize("steps", range(5))
+async def test_a_reply_that_comes_at_that_moment_keeps_nobody_from_leaving(steps: int) -> None:
+    come, link = asyncio.Event(), Link(nobody(), None, "a", lambda reply: None, lambda text: None)
 
-    address = replying(serve, answer).address
-    for _ in range(20):
-        heard = asyncio.Event()
-        link = Link(address, None, "a", lambda reply, heard=heard: heard.set(), lambda text: None)  # type: ignore[misc]
-        running = asyncio.create_task(link.run(once=False, patience=None))
-        await heard.wait()
-        running.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.wait_for(running, 5)
+    class Call:
+        async def read(self) -> wire.ConnectReply:
+            await come.wait()
+            return welcome()
 
-        assert running.cancelled()
+    reading = asyncio.create_task(link._read(Call(), 30.0))
+    await asyncio.sleep(0.01)
+    come.set()
+    for _ in range(steps):
+        await asyncio.sleep(0)
+    asked = reading.cancel()
+    await asyncio.wait([reading])
+
+    assert reading.cancelled() == asked
