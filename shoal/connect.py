@@ -16,13 +16,14 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 from shoal.client.host import Settings, host
+from shoal.client.process import cores
 from shoal.protos import registry
 from shoal.protos.errors import DataError, ExperimentError, nearest
 from shoal.protos.transport import Address, check_exposure
 
 __all__ = ["Request", "connect"]
 
-BY_SUFFIX = {".csv": "csv", ".parquet": "parquet"}
+BY_SUFFIX = {".csv": "csv", ".npz": "npz", ".parquet": "parquet"}
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,9 @@ class Request:
         certificates = check_exposure(address, self.tls, self.insecure, self.force)
         state = self.state or _home() / quote(str(address), safe=":[]")
         clients = self._hosted(state) if self.simulate is not None else self._single()
-        for name in self.allow:
-            registry.load("what --allow names", name)
-        workers = self.workers or (1 if self.simulate is None else len(os.sched_getaffinity(0)))
+        if self.workers is not None and self.workers < 1:
+            raise ExperimentError(f"--workers is {self.workers}; at least one process must train")
+        workers = self.workers or (1 if self.simulate is None else cores())
         return Settings(
             address,
             state,
@@ -69,6 +70,8 @@ class Request:
         )
 
     def _single(self) -> Mapping[str, Mapping[str, Any]]:
+        if self.skip:
+            raise ExperimentError("--skip leaves out shards of --simulate; give both or none")
         spec = _spec(self.data, _arguments(self.options))
         name = self.name or (unquote(Path(self.data).stem) if "name" not in spec else None)
         if name is None:
@@ -81,25 +84,28 @@ class Request:
         folder = Path(self.data)
         if folder.suffix == ".toml":
             folder = _split(folder, self.options, state)
+        elif self.options:
+            raise ExperimentError(f"a folder of shards takes no {self.options[0]!r}; leave it out")
         if not folder.is_dir():
             raise DataError(f"--simulate needs a folder of shards or an experiment file, {self.data!r} is neither")
         files = sorted(folder.glob("*.npz"), key=lambda path: _natural(path.stem))
-        chosen = files[self.skip : self.skip + (self.simulate or 0)]
-        if not self.simulate or self.simulate < 0 or len(chosen) < self.simulate:
+        count = self.simulate or 0
+        chosen = files[self.skip : self.skip + count] if self.skip >= 0 < count else []
+        if not chosen or len(chosen) < count:
             raise DataError(
                 f"--simulate {self.simulate} after --skip {self.skip} asks for more shards than the {len(files)} in "
                 f"{str(folder)!r}, or for none; make them with 'shoal data split'"
             )
-        return {unquote(path.stem): {"path": str(folder.resolve())} for path in chosen}
+        return {unquote(path.stem): {"path": str(path.resolve())} for path in chosen}
 
     def _note(self, client: str, text: str) -> None:
         """One line for one client; of many only what goes wrong, once."""
         if self.simulate is None:
-            print(f"{time.strftime('%H:%M:%S')}  {client}  {text}", flush=True)
+            _say(f"{time.strftime('%H:%M:%S')}  {client}  {text}")
         elif not re.match(r"connected|round \d+: (update|measurement) delivered|task withdrawn", text):
             plain = text.replace(repr(client), "…")
             if self.said.get("last") != plain:
-                print(f"{time.strftime('%H:%M:%S')}  {client}  {text}", flush=True)
+                _say(f"{time.strftime('%H:%M:%S')}  {client}  {text}")
             self.said["last"] = plain
 
 
@@ -108,7 +114,7 @@ def connect(request: Request) -> None:
     settings = request.settings()
     names = list(settings.clients)
     who = names[0] if len(names) == 1 else f"{len(names)} clients, {names[0]} to {names[-1]}"
-    print(f"shoal client · {who} · server {settings.address}", flush=True)
+    _say(f"shoal client · {who} · server {settings.address}")
 
     async def main() -> None:
         running = asyncio.ensure_future(host(settings))
@@ -122,25 +128,32 @@ def connect(request: Request) -> None:
         raise KeyboardInterrupt from None
 
 
+def _say(line: str) -> None:
+    """Whoever reads may stop reading: the client goes on."""
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _spec(data: str, arguments: dict[str, Any]) -> dict[str, Any]:
     """``--data`` and its options as ``shard_of`` takes them."""
     path = Path(data).expanduser()
+    suffix = path.suffix.lower()
     if (":" in data and not path.exists()) or data in registry.names("shoal.datasets"):
         return {"name": data, **arguments}
-    if path.suffix == ".npz" and not arguments:
+    if suffix == ".npz" and not arguments:
         return {"path": str(_there(path))}
-    if path.suffix in BY_SUFFIX:
-        return {"name": BY_SUFFIX[path.suffix], "path": str(_there(path)), **arguments}
-    if path.suffix == ".npz":
-        return {"name": "npz", "path": str(_there(path)), **arguments}
+    if suffix in BY_SUFFIX:
+        return {"name": BY_SUFFIX[suffix], "path": str(_there(path)), **arguments}
     if path.is_dir():
-        return {"name": "image-folder", "path": str(_there(path)), **arguments}
+        return {"name": "image-folder", "path": str(path.resolve()), **arguments}
     known = registry.names("shoal.datasets")
     raise DataError(f"--data {data!r} is no file, no folder of images and no reader{nearest(data, known)}")
 
 
 def _there(path: Path) -> Path:
-    if not path.exists():
+    if not path.is_file():
         raise DataError(f"there is no file {str(path)!r} (looked in {Path.cwd()}); correct --data")
     return path.resolve()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -23,18 +24,23 @@ def split(experiment: Path, overrides: Sequence[str], folder: Path, replace: boo
     if loaded.data is None:
         raise ExperimentError(f"{str(experiment)!r} has no [data] to split")
     data = loaded.data.split(loaded.seed) if isinstance(loaded.data, Dataset) else loaded.data
-    folder.mkdir(parents=True, exist_ok=True)
-    there = list(folder.glob("*.npz"))
-    if there and not replace:
-        raise DataError(f"{str(folder)!r} holds {len(there)} shards already; take another folder, or --replace them")
-    for old in there:
-        old.unlink()
     paths, sizes = list[Path](), list[int]()
-    for client in data.clients:
-        shard = data.shard(client)
-        paths.append(write_shard(folder, client, shard))
-        sizes.append(len(shard))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        before = list(folder.glob("*.npz"))
+        if before and not replace:
+            raise DataError(
+                f"{str(folder)!r} holds {len(before)} shards already; take another folder, or --replace them"
+            )
+        for client in data.clients:
+            shard = data.shard(client)
+            paths.append(write_shard(folder, client, shard))
+            sizes.append(len(shard))
+        for old in set(before) - set(paths):
+            old.unlink()
+    except OSError as error:
+        raise DataError(f"{str(folder)!r} cannot hold shards ({error.strerror}); give another folder") from error
     return [
         f"{len(paths)} shards of {min(sizes)} to {max(sizes)} examples (median {median(sizes):.0f}) in {folder}",
-        f"one client of them: shoal client --connect HOST:PORT --data {paths[0]}",
+        f"one client of them: shoal client --connect HOST:PORT --data {shlex.quote(str(paths[0]))}",
     ]
