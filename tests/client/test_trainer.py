@@ -90,8 +90,15 @@ CASES = {
 }
 
 
+DRIFTS: dict[str, Drift | None] = {
+    "none": None,
+    "constant": torch.full((43,), 0.3, dtype=torch.float64),
+    "pull": lambda w: 0.5 * w,
+}
+
+
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("drift", [None, torch.full((43,), 0.3, dtype=torch.float64), lambda w: 0.5 * w], ids=str)
+@pytest.mark.parametrize("drift", DRIFTS.values(), ids=DRIFTS)
 def test_equals_torch_optim(name: str, drift: Drift | None) -> None:
     local, make = CASES[name]
 
@@ -180,7 +187,7 @@ def fit(client: Client, drift: Drift | None, strategy: Strategy | None = None, *
     return FitTrainer(client, strategy or FedAvg(), net, declared, turn()).run(start, drift=drift)
 
 
-@pytest.mark.parametrize("drift", [None, torch.full((43,), 0.3, dtype=torch.float64), lambda w: 0.5 * w], ids=str)
+@pytest.mark.parametrize("drift", DRIFTS.values(), ids=DRIFTS)
 def test_a_custom_fit_obeys_the_strategy(drift: Drift | None) -> None:
     local = LocalTraining(lr=0.1, batch_size=5, epochs=2)
     update = fit(ByHand(), drift)
