@@ -83,7 +83,7 @@ class Participant:
         return evaluate(self.net, self._local, self._place_shard(shard))
 
 
-def failure(error: Exception, client: str, round: int) -> Failure:
+def failure(error: BaseException, client: str, round: int) -> Failure:
     """An error as the server is told of it: a sentence, and the traceback where it is the client's own code."""
     if isinstance(error, ShoalError):
         return Failure(client, round, str(error))

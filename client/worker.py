@@ -80,7 +80,7 @@ def _play(job: Mapping[str, Any]) -> dict[str, Any]:
     client, round = job["client"], int(job["round"])
     try:
         header, payload = encode(_answer(job))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         header, payload = encode(_sendable(failure(error, client, round)))
     Outbox(Path(job["outbox"])).put(job["nonce"], header, payload)
     return {}
