@@ -48,6 +48,10 @@ class Breaks(shoal.Client):
     def fit(self, work):
         breakpoint()
 
+class Quits(shoal.Client):
+    def fit(self, work):
+        raise SystemExit("enough")
+
 class Exhausted(shoal.Client):
     def fit(self, work):
         raise MemoryError
@@ -323,6 +327,10 @@ def test_an_error_of_any_length_and_in_any_characters_can_be_sent(place: Place) 
 
 def test_a_breakpoint_that_was_forgotten_waits_for_nobody(place: Place) -> None:
     assert "raised BdbQuit in round 1" in place.fails(**played_by(place, "Breaks"))[0]
+
+
+def test_a_program_that_would_leave_has_failed(place: Place) -> None:
+    assert "raised SystemExit in round 1: enough" in place.fails(**played_by(place, "Quits"))[0]
 
 
 def test_want_of_memory_is_an_error_like_others(place: Place) -> None:
