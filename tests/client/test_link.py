@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -71,20 +72,26 @@ def welcome(**changes: Any) -> wire.ConnectReply:
 @asynccontextmanager
 async def listening(answer: bytes | None) -> AsyncIterator[Address]:
     """What is no gRPC server: it says the same to everybody and hangs up, or with None nothing at all."""
-    open_ = list[asyncio.StreamWriter]()
+    over, speaking = asyncio.Event(), set[asyncio.Task[None] | None]()
 
     async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        open_.append(writer)
-        if answer is not None:
+        speaking.add(asyncio.current_task())
+        if answer is None:
+            await over.wait()
+        else:
             await reader.read(1)
             writer.write(answer)
-            writer.close()
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
 
     server = await asyncio.start_server(speak, "127.0.0.1", 0)
     yield Address("127.0.0.1", server.sockets[0].getsockname()[1])
     server.close()
-    for writer in open_:
-        writer.close()
+    over.set()
+    for _ in range(5):  # who has just been accepted comes to speak
+        await asyncio.sleep(0)
+    await asyncio.gather(*filter(None, speaking))
 
 
 async def given_up(address: Address, patience: float | None = 0.0, once: bool = True) -> str:
