@@ -8,10 +8,10 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -73,6 +73,11 @@ def run(place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixtu
     return call
 
 
+def clients_of(data: str, *options: str, **more: Any) -> Mapping[str, Mapping[str, Any]]:
+    """What this process would host."""
+    return Request("127.0.0.1:1", data, options, insecure=True, **more).settings().clients
+
+
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve shards, with slashes in their clients' names."""
@@ -96,8 +101,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("client --connect 127.0.0.1:1 --tls certs --data a.npz", "'certs/ca.pem' cannot be read .* --tls needs .*"),
         (HERE + "--data b.npz", r"there is no file 'b.npz' \(looked in .*\); correct --data"),
         (HERE + "--data b.csv --id a label=y", r"there is no file 'b.csv' \(looked in .*\); correct --data"),
-        (HERE + "--data all.csv label=y", "a client of this data needs a name; give it with --id"),
-        (HERE + "--data a.npz y=y", "a client of this data needs a name; give it with --id"),
+        (HERE + "--data all.csv label=y", "a client of this data needs a name; give it with --id.*"),
+        (HERE + "--data a.npz y=y", "a client of this data needs a name; give it with --id.*"),
         (HERE + "--data image-foldr --id a", r"--data 'image-foldr' .* no reader \(did you mean 'image-folder'\?\)"),
         (
             HERE + "--data tiny.toml --id a",
@@ -127,7 +132,7 @@ def test_what_cannot_be_is_said_in_one_sentence(run: Shoal, words: str, sentence
 
 def test_data_may_be_spelled_in_several_ways(place: Path, shards: Path) -> None:
     def spec(data: str, *options: str) -> object:
-        return Request("127.0.0.1:1", data, options, name="a", insecure=True).settings().clients["a"]
+        return clients_of(data, *options, name="a")["a"]
 
     (place / "UPPER.CSV").write_text("u,y\n1,0\n")
     (place / "photos").mkdir()
@@ -141,14 +146,14 @@ def test_data_may_be_spelled_in_several_ways(place: Path, shards: Path) -> None:
 
 
 def test_hosted_clients_have_the_names_and_files_of_the_shards(shards: Path) -> None:
-    clients = Request("127.0.0.1:1", str(shards), simulate=3, skip=8, insecure=True).settings().clients
+    clients = clients_of(str(shards), simulate=3, skip=8)
 
     assert clients == {f"site/{n}": {"path": str(shards / f"site%2F{n}.npz")} for n in (8, 9, 10)}
 
 
 def test_shards_that_somebody_else_named_are_found(place: Path) -> None:
     (place / "a.npz").rename(place / "ward (2) + icu.npz")
-    clients = Request("127.0.0.1:1", ".", simulate=1, insecure=True).settings().clients
+    clients = clients_of(".", simulate=1)
 
     assert clients == {"ward (2) + icu": {"path": str(place / "ward (2) + icu.npz")}}
 
@@ -262,8 +267,7 @@ def test_split_says_what_cannot_be(run: Shoal, words: str, sentence: str) -> Non
 
 @pytest.mark.slow
 def test_hosting_splits_an_experiment_first(run: Shoal, place: Path) -> None:
-    request = Request("127.0.0.1:1", "tiny.toml", simulate=12, insecure=True)
-    clients = request.settings().clients
+    clients = clients_of("tiny.toml", simulate=12)
 
     assert sorted(clients) == sorted(f"site/{n}" for n in range(12))
     assert len(read_shard(Path(str(clients["site/3"]["path"])))) == 8
