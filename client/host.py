@@ -212,4 +212,4 @@ def _told(round: int, header: bytes, receipt: wire.Receipt) -> str:
     if content == "failure":
         trace = f"\n{message.failure.traceback}" if message.failure.traceback else ""
         return f"round {round}: failed, and the server knows: {message.failure.reason}{trace}"
-    return f"round {round}: {content} delivered ({size:,} bytes)"
+    return f"round {round}: {content} delivered" + (f" ({size:,} bytes)" if size else "")

@@ -25,6 +25,7 @@ __all__ = ["Link"]
 
 SLOWEST = 10.0  # seconds between two attempts
 HELLO = 20.0  # seconds for the server to answer a Hello
+SHORTEST = 0.05  # seconds between two heartbeats, whatever a server says
 MISSED = 3  # heartbeats without an answer, after which the connection is taken for dead
 FINAL = frozenset(
     {
@@ -119,9 +120,10 @@ class Link:
             self._session = welcome.session
             self._connected.set()
             self._note(f"connected to {self._address} ({welcome.software})")
-            beating = asyncio.create_task(self._beat(call, welcome.heartbeat))
+            pulse = max(welcome.heartbeat, SHORTEST)
+            beating = asyncio.create_task(self._beat(call, pulse))
             try:
-                return await self._listen(call, MISSED * welcome.heartbeat)
+                return await self._listen(call, MISSED * pulse)
             finally:
                 beating.cancel()
                 await asyncio.gather(beating, return_exceptions=True)

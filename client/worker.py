@@ -95,11 +95,13 @@ def _sendable(told: Failure) -> Failure:
 def _answer(job: Mapping[str, Any]) -> Update[np.ndarray] | Measurement:
     client, states = job["client"], Path(job["states"])
     task, frozen = decode_task(Path(job["task"]).read_bytes(), mapped(Path(job["payload"])), verify=False)
-    participant, strategy = _participant(Path(job["assignment"]), tuple(job["allow"]), job["device"])
+    assigned = Path(job["assignment"]).read_bytes()
+    participant, strategy = _participant(assigned, tuple(job["allow"]), job["device"])
     _check_model(participant.net, task.model.layout, frozen)
     sent = Task(task.kind, task.round, task.version, task.model.map(_to_tensor), _all(task.tensors), task.settings).sent
     carried = Carried(_to_tensor(task.model.buffers), _to_tensor(task.model.counters))
     shard = _shard(client, json.dumps(job["data"], sort_keys=True))
+    _check_shard(shard, client, Assignment.decode(assigned).model.arguments)
     mine = _mine(states, int(job["counted"]), strategy.init_client(sent.parameters))
     if task.kind is Kind.EVALUATE:
         held_out = shard.held_out
@@ -113,9 +115,9 @@ def _answer(job: Mapping[str, Any]) -> Update[np.ndarray] | Measurement:
 
 
 @lru_cache(maxsize=2)
-def _participant(path: Path, allow: tuple[str, ...], device: str) -> tuple[Participant, Strategy]:
+def _participant(assigned: bytes, allow: tuple[str, ...], device: str) -> tuple[Participant, Strategy]:
     """Strategy and model from this installation; NotAllowed for code that its owner did not allow."""
-    assignment = Assignment.decode(path.read_bytes()).permitted(allow)
+    assignment = Assignment.decode(assigned).permitted(allow)
     named = assignment.strategy
     strategy = registry.build("shoal.strategies", named.name, named.arguments, "strategy", Strategy)
     local = registry.build("shoal.local", "shoal.client.local:LocalTraining", assignment.local, "local", LocalTraining)
@@ -132,8 +134,25 @@ def _participant(path: Path, allow: tuple[str, ...], device: str) -> tuple[Parti
     return Participant(net, strategy, local, assignment.seed, own), strategy
 
 
+def _check_shard(shard: Shard, client: str, model: Mapping[str, Any]) -> None:
+    """DataError for examples or labels that the model was not made for, where it says what it was made for."""
+    shape, classes, found = model.get("shape"), model.get("classes"), list(shard.x.shape[1:])
+    if shape is not None and list(shape) != found:
+        raise DataError(
+            f"the examples of client {client!r} have shape {found}, but the model takes {list(shape)}; prepare them "
+            f"as the experiment's are"
+        )
+    if isinstance(classes, int) and classes > 1 and not shard.y.is_floating_point():
+        low, high = int(shard.y.min()), int(shard.y.max())
+        if low < 0 or high >= classes:
+            raise DataError(
+                f"the labels of client {client!r} go from {low} to {high}, but the model has {classes} classes; number "
+                f"them from 0, with the same class_names on every client"
+            )
+
+
 def _check_model(net: Net, layout: Layout, frozen: str) -> None:
-    difference = net.layout.difference(layout)
+    difference = layout.difference(net.layout)
     if difference is not None:
         raise InvalidUpdate(
             f"the model that this client builds is not the server's ({difference}); install the same version of the "

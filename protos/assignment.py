@@ -68,8 +68,8 @@ def permitted(name: str, allowed: Sequence[str]) -> str:
         if _portable(mine) == _portable(name):
             return mine
     raise NotAllowed(
-        f"the server asks for {name!r}, which this client's owner did not allow; look at that code, and if you trust "
-        f"it start the client with --allow {name}"
+        f"the server asks for {name!r}, which the client's owner did not allow; who trusts that code starts the client "
+        f"with --allow {name}"
     )
 
 

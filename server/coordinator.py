@@ -123,7 +123,8 @@ class Coordinator:
     def run(self) -> Checkpoint:
         """Run to the plan's last round, or to :meth:`stop`; the state is kept whatever ends the run."""
         try:
-            if self.point.round == 0 and self._evaluate is not None and self.plan.evaluate_every:
+            begins = self.point.round == 0 and not self.stopping
+            if begins and self._evaluate is not None and self.plan.evaluate_every:
                 self._tell(Round(0, self._evaluation(self._evaluate, self.point)))
             while self.point.round < self.plan.rounds and not self.stopping:
                 self._round(self.point.round + 1)

@@ -62,6 +62,7 @@ class Hub:
         if before is not None:
             self._drop(before)
             if before.instance != hello.instance:
+                self._tell(Left(session.client, f"another process has joined under its name, from {peer}"))
                 before.close(f"another process has joined as {hello.client!r} from {peer}", wire.Goodbye.REPLACED)
             else:
                 before.close(f"{hello.client!r} has a newer connection", wire.Goodbye.COME_BACK)
@@ -73,7 +74,7 @@ class Hub:
         for assigned in self._open.values():
             if assigned.client == session.client and assigned.committing is None:
                 session.send(assigned.offer())
-        if before is None:
+        if before is None or before.instance != hello.instance:
             self._tell(Joined(session.client, peer))
         return session
 

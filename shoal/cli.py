@@ -187,6 +187,7 @@ def runs(out: Out = Path("runs"), as_json: AsJson = False) -> None:
             summary = folder.read("summary.json")
         except RunError:
             summary = {"status": "unreadable"}
+        summary.setdefault("rounds", max((line["round"] for line in folder.lines("metrics.jsonl")), default="?"))
         if summary["status"] == "running" and not folder.in_use():
             summary["status"] = "killed"  # a run that ends says how; 'shoal resume' goes on with it
         rows.append({"run": str(folder.path), **summary})

@@ -52,6 +52,8 @@ def compare(
     stop the others: the comparison's status then is ``"failed"``, and its table says what is missing. Ctrl-C ends it
     as ``"interrupted"``; what was finished is kept.
     """
+    if isinstance(strategies, Strategy | str):
+        raise ExperimentError("strategies is a single one; give a list, for example [shoal.FedAvg(), shoal.Scaffold()]")
     show, grid = tally(progress), lay_out(experiment, strategies, seeds, target, workers)
     packed, block = _pack(grid)
     with closing(block), closing(RunFolder.create(Path(out), f"{experiment.name}-comparison")) as folder:

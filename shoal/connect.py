@@ -9,8 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
@@ -45,10 +46,10 @@ class Request:
     device: str = "cpu"
     once: bool = False
     patience: float | None = None
-    said: dict[str, str] = field(default_factory=dict)
 
-    def settings(self) -> Settings:
+    def settings(self, voice: _Voice | None = None) -> Settings:
         """Everything checked that can be without the server."""
+        voice = voice or self.voice()
         address = Address.parse(self.server)
         certificates = check_exposure(address, self.tls, self.insecure, self.force)
         state = self.state or _home() / quote(str(address), safe=":[]")
@@ -66,7 +67,7 @@ class Request:
             workers,
             self.once,
             self.patience,
-            self._note,
+            voice.hear,
         )
 
     def _single(self) -> Mapping[str, Mapping[str, Any]]:
@@ -75,7 +76,10 @@ class Request:
         spec = _spec(self.data, _arguments(self.options))
         name = self.name or (unquote(Path(self.data).stem) if "name" not in spec else None)
         if name is None:
-            raise ExperimentError("a client of this data needs a name; give it with --id")
+            raise ExperimentError(
+                "a client of this data needs a name; give it with --id (the one in the column that names the clients, "
+                "if there is one)"
+            )
         return {name: spec}
 
     def _hosted(self, state: Path) -> Mapping[str, Mapping[str, Any]]:
@@ -98,20 +102,53 @@ class Request:
             )
         return {unquote(path.stem): {"path": str(path.resolve())} for path in chosen}
 
-    def _note(self, client: str, text: str) -> None:
-        """One line for one client; of many only what goes wrong, once."""
-        if self.simulate is None:
-            _say(f"{time.strftime('%H:%M:%S')}  {client}  {text}")
-        elif not re.match(r"connected|round \d+: (update|measurement) delivered|task withdrawn", text):
-            plain = text.replace(repr(client), "…")
-            if self.said.get("last") != plain:
-                _say(f"{time.strftime('%H:%M:%S')}  {client}  {text}")
-            self.said["last"] = plain
+    def voice(self) -> _Voice:
+        """Who tells people what happens."""
+        return _Voice() if self.simulate is None else _Crowd(self.simulate)
+
+
+class _Voice:
+    """One client: a line for everything."""
+
+    def hear(self, client: str, text: str) -> None:
+        _say(f"{time.strftime('%H:%M:%S')}  {client}  {text}")
+
+    def close(self) -> None:
+        return
+
+
+class _Crowd(_Voice):
+    """Many clients: a line for each round, and for what goes wrong."""
+
+    def __init__(self, count: int) -> None:
+        self._count, self._connected, self._last = count, set[str](), ""
+        self._round, self._done = 0, Counter[str]()
+
+    def hear(self, client: str, text: str) -> None:
+        delivered = re.match(r"round (\d+): (update|measurement) delivered", text)
+        if delivered:
+            if int(delivered[1]) != self._round:
+                self.close()
+                self._round = int(delivered[1])
+            self._done[delivered[2]] += 1
+        elif text.startswith("connected"):
+            self._connected.add(client)
+            if len(self._connected) == self._count:
+                super().hear(f"all {self._count}", text)
+        elif "task withdrawn" not in text and text.replace(repr(client), "…") != self._last:
+            self._last = text.replace(repr(client), "…")  # the same of many clients is said once
+            super().hear(client, text)
+
+    def close(self) -> None:
+        if self._done:
+            super().hear(f"round {self._round}", ", ".join(f"{n} {what}s delivered" for what, n in self._done.items()))
+        self._done.clear()
 
 
 def connect(request: Request) -> None:
     """Until the server has finished, or Ctrl-C."""
-    settings = request.settings()
+    voice = request.voice()
+    settings = request.settings(voice)
     names = list(settings.clients)
     who = names[0] if len(names) == 1 else f"{len(names)} clients, {names[0]} to {names[-1]}"
     _say(f"shoal client · {who} · server {settings.address}")
@@ -124,7 +161,10 @@ def connect(request: Request) -> None:
 
     try:
         asyncio.run(main())
+        voice.close()
+        _say("the server has finished its runs")
     except asyncio.CancelledError:
+        voice.close()
         raise KeyboardInterrupt from None
 
 
@@ -142,14 +182,21 @@ def _spec(data: str, arguments: dict[str, Any]) -> dict[str, Any]:
     suffix = path.suffix.lower()
     if (":" in data and not path.exists()) or data in registry.names("shoal.datasets"):
         return {"name": data, **arguments}
-    if suffix == ".npz" and not arguments:
+    if suffix == ".npz" and not {"x", "y", "clients", "dtype", "class_names", "client_test"} & arguments.keys():
+        for key in arguments:
+            raise DataError(f"a shard file takes no {key!r}; leave it out, or name the arrays with x=… y=…")
         return {"path": str(_there(path))}
     if suffix in BY_SUFFIX:
         return {"name": BY_SUFFIX[suffix], "path": str(_there(path)), **arguments}
+    if path.is_dir() and any(path.glob("*.npz")):
+        raise DataError(f"--data {data!r} is a folder of shards; give one of its files, or --simulate N to host many")
     if path.is_dir():
         return {"name": "image-folder", "path": str(path.resolve()), **arguments}
     known = registry.names("shoal.datasets")
-    raise DataError(f"--data {data!r} is no file, no folder of images and no reader{nearest(data, known)}")
+    raise DataError(
+        f"--data {data!r} is no file, no folder of images and no reader{nearest(data, known)}"
+        + ("; give its key=value parts as words of their own" if "=" in data else "")
+    )
 
 
 def _there(path: Path) -> Path:

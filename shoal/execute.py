@@ -8,9 +8,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from types import FrameType
 from typing import Any
@@ -31,8 +31,9 @@ __all__ = ["Execution", "environment", "versions"]
 class Execution:
     """How a run is to be executed.
 
-    ``engine`` and ``population`` are what is shown of the clients. ``ready`` is called before the first round and
-    returns when it may begin. ``grace`` is how many seconds a round gets to end after an interrupt; None: any time.
+    ``engine``, ``population`` and ``shards`` are what is shown of the clients. ``ready`` is called before the first
+    round and returns when it may begin. ``grace`` is how many seconds a round gets to end after an interrupt; None:
+    any time.
     """
 
     composition: Composition
@@ -41,6 +42,7 @@ class Execution:
     engine: str
     population: int
     make_fleet: Callable[[], Fleet]
+    shards: Mapping[str, float] = field(default_factory=dict)
     ready: Callable[[Coordinator], None] = lambda coordinator: None
     grace: float | None = None
 
@@ -50,8 +52,9 @@ class Execution:
         began, status = time.perf_counter(), "failed"
         folder.write("summary.json", {"status": "running", "name": experiment.name})
         try:
-            size, shards = point.layout.size(Segment.TRAINABLE), self.composition.shards
-            show.starting(Opening(folder.path, experiment, self.population, size, self.engine, shards))
+            size = point.layout.size(Segment.TRAINABLE)
+            opening = Opening(folder.path, experiment, self.population, size, self.engine, self.shards, point.round)
+            show.starting(opening)
             with closing(self.make_fleet()) as fleet:
                 coordinator = self.composition.coordinator(fleet, point, [folder, show])
                 with _interruptible(coordinator, show, self.grace):

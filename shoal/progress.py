@@ -43,7 +43,10 @@ SPARKS = "▁▂▃▄▅▆▇█"
 
 @dataclass(frozen=True)
 class Opening:
-    """What there is to say before the first round; ``shards`` describes how the data lies, if that is known."""
+    """What there is to say before the first round, or the first after ``round``.
+
+    ``shards`` describes how the data lies, if that is known.
+    """
 
     path: Path
     experiment: Experiment
@@ -51,6 +54,7 @@ class Opening:
     parameters: int
     engine: str
     shards: Mapping[str, float]
+    round: int = 0
 
 
 class Display(ABC):
@@ -66,7 +70,8 @@ class Display(ABC):
 
     def on_failure(self, failure: Failure) -> None:
         """Failures come at once: nothing is silent. A traceback that was shown before is not repeated."""
-        text = f"round {failure.round}: {failure.reason}"
+        who = "" if repr(failure.client) in failure.reason else f"client {failure.client!r}: "
+        text = f"round {failure.round}: {who}{failure.reason}"
         known, self._shown = self._shown, self._shown | {failure.traceback}
         self.note(text if failure.traceback in known else f"{text}\n{failure.traceback}")
 
@@ -141,7 +146,9 @@ class Live(Plain):
 
     def starting(self, opening: Opening) -> None:
         super().starting(opening)
-        self._task = self._bar.add_task("rounds", total=opening.experiment.rounds, numbers="starting", answers="")
+        self._task = self._bar.add_task(
+            "rounds", total=opening.experiment.rounds, completed=opening.round, numbers="starting", answers=""
+        )
         self._bar.start()
 
     def on_round(self, round: Round) -> None:
@@ -258,6 +265,10 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
 
+def _size(count: float) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
+
+
 def _headline(name: str) -> bool:
     """What is worth a reader's eye: the test set, and of the clients' own tests the mean and the worst."""
     return name.startswith("test_") or (name.startswith("clients_") and "loss" not in name and "weighted" not in name)
@@ -277,19 +288,20 @@ def _print_summary(console: Console, run: Run) -> None:
     mark = "✓" if s["status"] == "finished" else "■"
     console.print(f"{mark} {s['status']} after {s['rounds']} rounds in {s['wall_seconds']:.1f} s", markup=False)
     table = Table(box=None, padding=(0, 2), show_edge=False)
-    for column, side in (("", "left"), ("last", "right"), ("mean of last 10", "right"), ("best", "right")):
-        table.add_column(column, justify=side)  # type: ignore[arg-type]
+    ten = bool(s["mean_of_last_10"])
+    for column in ("", "last", *(["mean of last 10"] if ten else []), "best"):
+        table.add_column(column, justify="right" if column else "left")
     shown = {name: last for name, last in s.get("last", {}).items() if _headline(name)}
     for name, last in shown.items():
         best = s["best"][name]
-        cells = f"{last:.4f}", _number(s["mean_of_last_10"].get(name)), f"{best['value']:.4f} (round {best['round']})"
-        table.add_row(name.replace("_", " "), *cells)
+        mean = [_number(s["mean_of_last_10"].get(name))] if ten else []
+        table.add_row(name.replace("_", " "), f"{last:.4f}", *mean, f"{best['value']:.4f} (round {best['round']})")
     if shown:
         console.print(table)
     for name, reached in s.get("target", {}).items():
         when = "not reached" if reached["round"] is None else f"reached in round {reached['round']}"
         console.print(f"  target {name} {reached['value']:g} {when}", markup=False)
-    traffic = f"  {s['bytes_up'] / 1e6:.1f} MB up, {s['bytes_down'] / 1e6:.1f} MB down"
+    traffic = f"  {_size(s['bytes_up'])} up, {_size(s['bytes_down'])} down"
     console.print(traffic + (f", {s['failed']} client failures" if s["failed"] else ""), markup=False)
     console.print(f"  run     {run.path}", markup=False)
     if s["status"] != "finished":

@@ -9,6 +9,7 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from shoal.compose import Composition
 from shoal.execute import Execution, environment
@@ -35,7 +36,8 @@ class Door:
     """Where and how clients come in.
 
     ``wait_for`` is how many must be connected before the first round (None: a cohort); ``lease`` how many seconds the
-    server waits for a sign of a client that is gone.
+    server waits for a sign of a client that is gone. Clients give a sign every ``heartbeat`` seconds, and at least
+    three a lease.
     """
 
     listen: str
@@ -56,7 +58,7 @@ class Door:
         address = Address.parse(self.listen)
         tls = None if self.tls is None else Path(self.tls)
         certificates = check_exposure(address, tls, self.insecure, self.force)
-        return Serving(address, certificates, spool, heartbeat=self.heartbeat)
+        return Serving(address, certificates, spool, heartbeat=min(self.heartbeat, self.lease / 3))
 
     def clients_needed(self, experiment: Experiment) -> int:
         """How many clients to wait for; ExperimentError if so few could never make a round."""
@@ -132,7 +134,12 @@ def _execution(
 
     way = "mutual TLS" if door.tls else "plain text"
     engine = f"clients over gRPC at {serving.address}, {way}"
-    return Execution(composition, folder, show, engine, needed, make_fleet, ready, GRACE)
+    return Execution(composition, folder, show, engine, needed, make_fleet, ready=ready, grace=GRACE)
+
+
+def _address(peer: str) -> str:
+    """gRPC's ``ipv4:127.0.0.1:41948`` as people write it."""
+    return unquote(peer.partition(":")[2]) if peer.startswith(("ipv4:", "ipv6:")) else peer
 
 
 class _Roster:
@@ -144,7 +151,7 @@ class _Roster:
     def hear(self, event: Event) -> None:
         if isinstance(event, Joined):
             self._folder.log("client joined", client=event.client, peer=event.peer)
-            self._note(f"client {event.client!r} joined from {event.peer}")
+            self._note(f"client {event.client!r} joined from {_address(event.peer)}")
         elif isinstance(event, Left):
             self._folder.log("client left", client=event.client, reason=event.reason)
             self._note(f"client {event.client!r} left: {event.reason}")

@@ -47,6 +47,7 @@ def _simulated(composition: Composition, folder: RunFolder, workers: int, show: 
         engine=f"lean × {workers} workers" if workers else "lean, in this process",
         population=_population(composition),
         make_fleet=lambda: composition.simulated(workers),
+        shards=composition.shards,
     )
 
 

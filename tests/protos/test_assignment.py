@@ -89,7 +89,7 @@ def test_installed_names_need_no_permission() -> None:
     ],
 )
 def test_code_beside_the_installation_must_be_allowed(change: dict[str, Any]) -> None:
-    with pytest.raises(NotAllowed, match="did not allow; look at that code"):
+    with pytest.raises(NotAllowed, match="did not allow; who trusts that code"):
         an_assignment(**change).permitted(["good.py:Strategy", "evil2.py:Client"])
 
 

@@ -177,7 +177,7 @@ def test_a_run_that_was_killed_is_listed_as_such(shoal: Shoal) -> None:
     shoal("simulate", "tiny.toml", "--workers", "0")
     Path("runs/0001-tiny/summary.json").write_text('{"status": "running"}')
 
-    assert re.search(r"runs/0001-tiny +killed +\? rounds", shoal("runs")[1])
+    assert re.search(r"runs/0001-tiny +killed +2 rounds", shoal("runs")[1])
     assert shoal("resume", "runs/1", "--rounds", "3")[0] == 0
 
 

@@ -215,6 +215,6 @@ def test_code_that_the_owner_did_not_allow_is_not_run(start: Start, shards: Path
     hosted = crowd(start, server, shards)
 
     assert server.wait() == 2
-    assert "asks for 'gated.py:Gated', which this client's owner did not allow" in server.text
+    assert "asks for 'gated.py:Gated', which the client's owner did not allow" in server.text
     assert "--allow gated.py:Gated" in server.text
     hosted.end()
