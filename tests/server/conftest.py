@@ -122,8 +122,11 @@ class Errors(logging.Handler):
         self.said = list[str]()
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.name.startswith(("grpc", "asyncio", "shoal")):
-            self.said.append(self.format(record))
+        said = self.format(record)
+        # gRPC has one poller for all event loops of a process, which may hear of an earlier server's after its end.
+        earlier = "PollerCompletionQueue" in said and "Event loop is closed" in said
+        if record.name.startswith(("grpc", "asyncio", "shoal")) and not earlier:
+            self.said.append(said)
 
 
 Serve = Callable[..., Serving]
