@@ -191,5 +191,7 @@ def _denying(call: Callable[[Any, Context], Awaitable[Any]]) -> Callable[[Any, C
             return await call(request, context)
         except (Denied, CodecError, OSError) as error:
             return await _abort(context, error)
+        except aio.InternalError as error:  # the peer hung up while it was written to: as if cancelled
+            raise asyncio.CancelledError from error
 
     return handler
