@@ -142,15 +142,17 @@ def test_hosted_and_real_clients_are_one_population(start: Start, shards: Path) 
 def test_a_client_killed_in_a_round_and_started_again_leaves_no_trace(start: Start, shards: Path) -> None:
     path = write(shards.parent, "scaffold", more=GATE)
     server = serve(start, path)
-    hosted = crowd(start, server, shards, 3, "--allow", "gated.py:Gated")
-    hosted.wait_for("at the gate")
-    hosted.kill()
-    server.wait_for("left", 3)
-    again = crowd(start, server, shards, 3, "--allow", "gated.py:Gated")
+    allowed = ("--allow", "gated.py:Gated")
+    others = [join(start, server, shards / f"{name}.npz", *allowed) for name in "ac"]
+    killed = join(start, server, shards / "b.npz", *allowed)
+    killed.wait_for("at the gate")
+    killed.kill()
+    server.wait_for("client 'b' left")
+    again = join(start, server, shards / "b.npz", *allowed)
     again.wait_for("at the gate")
     (shards.parent / "gate").open("w").close()
 
-    assert (server.wait(), again.wait()) == (0, 0), server.text
+    assert [process.wait() for process in (server, again, *others)] == [0, 0, 0, 0], server.text
     gate = os.open("gate", os.O_RDWR)  # opened at both ends: nobody waits there
     expected = simulated(path)
     os.close(gate)
