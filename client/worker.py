@@ -96,12 +96,12 @@ def _answer(job: Mapping[str, Any]) -> Update[np.ndarray] | Measurement:
     client, states = job["client"], Path(job["states"])
     task, frozen = decode_task(Path(job["task"]).read_bytes(), mapped(Path(job["payload"])), verify=False)
     assigned = Path(job["assignment"]).read_bytes()
-    participant, strategy = _participant(assigned, tuple(job["allow"]), job["device"])
+    participant, strategy, model = _participant(assigned, tuple(job["allow"]), job["device"])
     _check_model(participant.net, task.model.layout, frozen)
     sent = Task(task.kind, task.round, task.version, task.model.map(_to_tensor), _all(task.tensors), task.settings).sent
     carried = Carried(_to_tensor(task.model.buffers), _to_tensor(task.model.counters))
     shard = _shard(client, json.dumps(job["data"], sort_keys=True))
-    _check_shard(shard, client, Assignment.decode(assigned).model.arguments)
+    _check_shard(shard, client, model)
     mine = _mine(states, int(job["counted"]), strategy.init_client(sent.parameters))
     if task.kind is Kind.EVALUATE:
         held_out = shard.held_out
@@ -115,8 +115,13 @@ def _answer(job: Mapping[str, Any]) -> Update[np.ndarray] | Measurement:
 
 
 @lru_cache(maxsize=2)
-def _participant(assigned: bytes, allow: tuple[str, ...], device: str) -> tuple[Participant, Strategy]:
-    """Strategy and model from this installation; NotAllowed for code that its owner did not allow."""
+def _participant(
+    assigned: bytes, allow: tuple[str, ...], device: str
+) -> tuple[Participant, Strategy, Mapping[str, Any]]:
+    """Strategy and model from this installation, and the model's arguments.
+
+    NotAllowed for code that the installation's owner did not allow.
+    """
     assignment = Assignment.decode(assigned).permitted(allow)
     named = assignment.strategy
     strategy = registry.build("shoal.strategies", named.name, named.arguments, "strategy", Strategy)
@@ -131,7 +136,7 @@ def _participant(assigned: bytes, allow: tuple[str, ...], device: str) -> tuple[
         return made
 
     net = Net(build_module(make_model, assignment.seed, assignment.dtype), device)
-    return Participant(net, strategy, local, assignment.seed, own), strategy
+    return Participant(net, strategy, local, assignment.seed, own), strategy, assignment.model.arguments
 
 
 def _check_shard(shard: Shard, client: str, model: Mapping[str, Any]) -> None:

@@ -26,7 +26,7 @@ from shoal.strategies.base import Context, Strategy, vector
 from shoal.strategies.selectors import Selector
 from shoal.strategies.sums import Carried, Contribution, LeafSum, carry
 
-__all__ = ["Coordinator", "Observer", "Plan", "Round", "start"]
+__all__ = ["Coordinator", "Observer", "Plan", "Round", "start", "updates_needed"]
 
 ROUNDING = 1e-9  # 100 × 1.1 is 110.00000000000001, which must not ask an 111th client
 Evaluate = Callable[[Parameters[Tensor]], Mapping[str, float]]
@@ -81,6 +81,11 @@ class Observer(Protocol):
     def on_checkpoint(self, checkpoint: Checkpoint) -> None:
         """When the state is to be kept."""
         ...
+
+
+def updates_needed(quorum: float, cohort: int) -> int:
+    """How many updates a round needs to stand."""
+    return max(1, math.ceil(quorum * cohort - ROUNDING))
 
 
 def start(strategy: Strategy, selector: Selector, initial: Parameters[Tensor]) -> Checkpoint:
@@ -163,7 +168,7 @@ class Coordinator:
             for observer in self._observers:
                 observer.on_answers(number, answered, len(ask.cohort))
         summed = total.total()
-        needed = max(1, math.ceil(self.plan.quorum * ask.goal - ROUNDING))
+        needed = updates_needed(self.plan.quorum, ask.goal)
         if summed is None or summed.counted < needed:
             raise _too_few(ask, summed.counted if summed else 0, needed, failures)
         return summed, reports, failures

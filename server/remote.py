@@ -1,8 +1,8 @@
 """The fleet behind gRPC: real clients, and virtual ones that another process hosts.
 
 The coordinator's thread asks and sums here, the network runs in another (:mod:`shoal.server.serving`). Between the two
-go functions to call and events. Answers wait on disk and are summed in cohort order, so a cohort's
-updates are never in memory together, and the sum's bits do not depend on who came first.
+go functions to call and events. Answers wait on disk and are summed in cohort order, so a cohort's updates are never in
+memory together, and the sum's bits do not depend on who came first.
 """
 
 from __future__ import annotations

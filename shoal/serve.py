@@ -18,7 +18,7 @@ from shoal.progress import Display, display
 from shoal.protos.errors import ExperimentError
 from shoal.protos.transport import Address, check_exposure
 from shoal.run import Run
-from shoal.server.coordinator import Coordinator
+from shoal.server.coordinator import Coordinator, updates_needed
 from shoal.server.fleet import Fleet
 from shoal.server.orders import Event, Joined, Left
 from shoal.server.remote import RemoteFleet, Terms
@@ -62,7 +62,7 @@ class Door:
 
     def clients_needed(self, experiment: Experiment) -> int:
         """How many clients to wait for; ExperimentError if so few could never make a round."""
-        least = max(1, math.ceil(experiment.cohort * experiment.quorum - 1e-9))
+        least = updates_needed(experiment.quorum, experiment.cohort)
         wanted = experiment.cohort if self.wait_for is None else self.wait_for
         if wanted < least:
             raise ExperimentError(f"--wait-for is {wanted}, but a round needs {least} updates; wait for as many")

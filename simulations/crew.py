@@ -7,7 +7,6 @@ How it is started stands in :mod:`shoal.client.process`.
 from __future__ import annotations
 
 import contextlib
-import os
 import pickle
 import queue
 import subprocess
@@ -19,7 +18,7 @@ from typing import IO, Any, cast
 import torch
 from torch import Tensor
 
-from shoal.client.process import answers_on, command, end_with, environment, fate
+from shoal.client.process import answers_on, command, environment, fate
 from shoal.protos.errors import RunError, ShoalError
 
 __all__ = ["Crew", "Died", "open_answers", "read", "write"]
@@ -52,9 +51,8 @@ def read(file: IO[bytes]) -> Any:
 
 
 def open_answers() -> IO[bytes]:
-    """Make this process a worker: single-threaded, gone with its parent; the file to write answers to."""
+    """Make this process a worker, which has one thread; the file to write answers to."""
     torch.set_num_threads(1)
-    end_with(os.getppid())
     return answers_on()
 
 
