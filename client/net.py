@@ -100,6 +100,11 @@ class Net:
         self._bind()
         self._constant = {name: b.clone() for name, b in self._outside_the_state()}
         self._homes = {segment: self._owners(segment) for segment in (Segment.BUFFERS, Segment.COUNTERS)}
+        #: of the tensors that weights, buffers and counters consist of
+        self.shapes = tuple(
+            [torch.Size(entry.shape) for entry in self.layout.of(segment)]
+            for segment in (Segment.TRAINABLE, Segment.BUFFERS, Segment.COUNTERS)
+        )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -153,11 +158,15 @@ class Net:
                 buffer = getattr(owner, name)
                 buffer.copy_(part.view(buffer.shape))
 
+    def tensors(self, segment: Segment) -> list[Tensor]:
+        """The buffers or counters themselves."""
+        return [getattr(owner, name) for owner, name in self._homes[segment]]
+
     def read(self, segment: Segment) -> Tensor | None:
         """A copy of the buffers ``[B]`` or counters ``[C]``; None where the model has none."""
         homes = self._homes[segment]
         kind = torch.int64 if segment is Segment.COUNTERS else self.dtype
-        return _gather([getattr(owner, name) for owner, name in homes], kind) if homes else None
+        return _gather(self.tensors(segment), kind) if homes else None
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray:

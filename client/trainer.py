@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from shoal.client.data import Shard
 from shoal.client.local import LocalTraining
 from shoal.client.losses import loss_named
 from shoal.client.net import Net
-from shoal.client.optimizers import optimizer_for
+from shoal.client.optimizers import clip_, optimizer_for
 from shoal.protos.parameters import Segment
 from shoal.strategies.base import Drift, Update, drift_at
 
@@ -100,7 +100,8 @@ class LeanTrainer:
         torch._foreach_add_(net.views, gradients, alpha=-self._turn.lr)
 
     def _stepper(self) -> Callable[[tuple[Tensor, ...], Drift | None], None]:
-        optimizer, net, clip = optimizer_for(self._local), self._net, self._local.clip
+        net, clip, taken = self._net, self._local.clip, count()
+        optimizer = optimizer_for(self._local, net.flat)
 
         def step(gradients: tuple[Tensor, ...], drift: Drift | None) -> None:
             with torch.no_grad():
@@ -108,8 +109,8 @@ class LeanTrainer:
                 if drift is not None:
                     g.add_(drift_at(drift, net.flat))
                 if clip is not None:
-                    g.mul_(torch.clamp(clip / (g.norm() + 1e-6), max=1.0))
-                optimizer.step(net.flat, g, self._turn.lr)
+                    clip_(g, clip)
+                optimizer.step(net.flat, g, self._turn.lr, next(taken))
 
         return step
 

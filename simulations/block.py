@@ -1,0 +1,218 @@
+"""The block trainer: K clients at a time, each step one stacked program for all of them.
+
+Neighbours whose batches are of one size take a step together, on views of the block; those who have finished drop out,
+and nothing is padded. So clients should stand in the order of their numbers of examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shoal.client.local import LocalTraining
+from shoal.client.losses import loss_named
+from shoal.client.net import Net
+from shoal.client.optimizers import clip_, optimizer_for
+from shoal.client.trainer import LeanTrainer, Turn
+from shoal.simulations.capture import Draw, record
+from shoal.simulations.gathering import Examples
+from shoal.simulations.stacking import stack
+from shoal.strategies.base import Drift, Update, drift_at
+from shoal.strategies.sums import Carried
+
+__all__ = ["BlockTrainer", "Move", "Programs", "moves"]
+
+
+@dataclass(frozen=True)
+class Program:
+    """A stacked step for one shape of batches, and the random masks it wants."""
+
+    step: Callable[..., Any]
+    draws: Sequence[Draw]
+    reached: Sequence[bool]  # for each weight, whether it has a gradient
+
+
+class Programs:
+    """The stacked steps of a net, made when a shape of batches is first seen."""
+
+    def __init__(self, net: Net, local: LocalTraining, *, fuse: bool) -> None:
+        self.net, self.local, self.fuse = net, local, fuse
+        self._made: dict[Any, Program] = {}
+
+    def get(self, x: Tensor, y: Tensor) -> Program:
+        """For batches ``[K, b, ...]``; :class:`~shoal.simulations.capture.Unsuitable` if there can be none."""
+        key = x.shape[1:], x.dtype, y.shape[1:], y.dtype
+        if key not in self._made:
+            step = record(self.net, loss_named(self.local.loss), x[0], y[0])
+            self._made[key] = Program(
+                stack(step, fuse=self.fuse), step.draws, [gradient is not None for gradient in step.gradients]
+            )
+        return self._made[key]
+
+
+@dataclass(frozen=True)
+class Move:
+    """Neighbours, ``part`` of the block, step together: on ``rows`` of their orders, after ``taken`` steps each."""
+
+    part: slice
+    rows: slice
+    taken: int
+
+    @property
+    def size(self) -> int:
+        """Of each client's batch."""
+        return int(self.rows.stop - self.rows.start)
+
+
+def moves(lengths: Sequence[int], size: int, taken: list[int], limit: int | None) -> Iterator[Move]:
+    """One pass over shards of these lengths in batches of ``size``, until each client has ``limit`` steps.
+
+    ``taken`` counts each client's steps and is brought up to date.
+    """
+    for at in range(0, max(lengths), size):
+        ends = [min(at + size, n) if taken[k] != limit else 0 for k, n in enumerate(lengths)]
+        start = 0
+        for (end, before), group in groupby(zip(ends, taken, strict=True)):
+            stop = start + sum(1 for _ in group)
+            if end > at:
+                yield Move(slice(start, stop), slice(at, end), before)
+                taken[start:stop] = [before + 1] * (stop - start)
+            start = stop
+
+
+class BlockTrainer:
+    """Trains a block ``[K, P]``; see :class:`shoal.strategies.base.Trainer`.
+
+    ``seeds`` start each client's own stream of random masks; all turns are of one round.
+    """
+
+    def __init__(self, programs: Programs, turns: Sequence[Turn], seeds: Sequence[int], carried: Carried) -> None:
+        self._programs, self._net, self._local = programs, programs.net, programs.local
+        self._turns, self._carried = turns, carried
+        self._examples = Examples([turn.shard for turn in turns])
+        self._generators = [torch.Generator(self._net.flat.device).manual_seed(seed) for seed in seeds]
+
+    @torch.no_grad()
+    def run(self, start: Tensor, *, drift: Drift | None = None, epochs: int | None = None) -> Update:
+        local, count = self._local, len(self._turns)
+        block = _Block(self._net, start, self._carried, count)
+        step, limit = self._stepper(block, drift), local.steps if epochs is None else None
+        passes = limit or (local.epochs if epochs is None else epochs)
+        taken, seen = [0] * count, [0] * count
+        losses = torch.zeros(count, dtype=torch.float64, device=start.device)
+        for _ in range(passes):
+            orders = self._examples.orders([turn.rng for turn in self._turns], local, taken, limit)
+            for move in moves(orders.lengths, local.batch_size or max(orders.lengths), taken, limit):
+                losses[move.part].add_(step(move, orders.rows[move.part, move.rows]), alpha=move.size)
+                seen[move.part] = [n + move.size for n in seen[move.part]]
+        return self._update(block, start, taken, losses / torch.tensor(seen, device=start.device))
+
+    def _update(self, block: _Block, start: Tensor, taken: Sequence[int], losses: Tensor) -> Update:
+        def column(numbers: Sequence[float]) -> Tensor:
+            return torch.tensor(numbers, dtype=start.dtype, device=start.device).unsqueeze(1)
+
+        examples = column([len(turn.shard) for turn in self._turns])
+        rates = column([turn.lr * steps for turn, steps in zip(self._turns, taken, strict=True)])
+        metrics: Any = {"loss": losses}  # [K]: the engine makes numbers of it
+        delta = block.weights.sub_(start)
+        return Update(delta, examples, column(taken), rates, {}, block.buffers, block.counters, metrics)
+
+    def _stepper(self, block: _Block, drift: Drift | None) -> Callable[[Move, Tensor], Tensor]:
+        """Makes one step of some neighbours on these rows; their losses ``[k]``."""
+        local, lr, programs = self._local, self._turns[0].lr, self._programs
+        optimizer = None if programs.fuse else optimizer_for(local, block.weights)
+        decay = local.weight_decay if programs.fuse else 0.0  # L2 decay of plain SGD is a drift
+
+        def corrected(move: Move) -> Tensor | None:
+            at = None if drift is None else drift_at(drift, block.weights)
+            at = at[move.part] if at is not None and at.dim() > 1 else at
+            if not decay:
+                return at
+            pull = block.weights[move.part] * decay
+            return pull if at is None else pull.add_(at)
+
+        def step(move: Move, rows: Tensor) -> Tensor:
+            x, y = self._examples.take(rows, self._net.dtype)
+            program, inputs = programs.get(x, y), block.inputs(move.part)
+            masks, correction = [self._mask(draw, move.part) for draw in program.draws], corrected(move)
+            p = block.weights[move.part]
+            if optimizer is None:
+                (loss,) = program.step(-lr, *inputs, x, y, *masks)
+                if correction is not None:
+                    p.add_(correction, alpha=-lr)
+                return loss  # type: ignore[no-any-return]
+            loss, *gradients = program.step(*inputs, x, y, *masks)
+            g = block.joined(gradients, program.reached, move.part)
+            if correction is not None:
+                g.add_(correction)
+            if local.clip is not None:
+                clip_(g, local.clip)
+            optimizer.step(p, g, lr, move.taken, move.part)
+            return loss  # type: ignore[no-any-return]
+
+        return step
+
+    def _mask(self, draw: Draw, part: slice) -> Tensor:
+        """Each client's from its own stream, as the lean engine would draw it."""
+        masks = torch.empty(part.stop - part.start, *draw.shape, dtype=draw.dtype, device=self._net.flat.device)
+        for mask, generator in zip(masks, self._generators[part], strict=True):
+            mask.bernoulli_(draw.p, generator=generator)
+        return masks
+
+    def loss(self, at: Tensor) -> Tensor:
+        return self._each(at, LeanTrainer.loss).unsqueeze(1)
+
+    def gradient(self, at: Tensor) -> Tensor:
+        return self._each(at, LeanTrainer.gradient)
+
+    def _each(self, at: Tensor, function: Callable[[LeanTrainer, Tensor], Tensor]) -> Tensor:
+        """One client after the other: a whole shard is no small batch, stacking would gain nothing."""
+        self._net.restore(self._carried.buffers, self._carried.counters)
+        trainers = [LeanTrainer(self._net, self._local, turn) for turn in self._turns]
+        rows = at.expand(len(trainers), at.shape[-1])
+        return torch.stack([function(trainer, row) for trainer, row in zip(trainers, rows, strict=True)])
+
+
+class _Block:
+    """The clients' weights ``[K, P]``, buffers ``[K, B]`` and counters ``[K, C]``, and views of them for a program."""
+
+    def __init__(self, net: Net, start: Tensor, carried: Carried, count: int) -> None:
+        def each(vector: Tensor) -> Tensor:
+            return vector.expand(count, vector.shape[-1]).contiguous().clone()
+
+        device = start.device
+        self._net, self.weights = net, torch.empty(count, start.shape[-1], dtype=start.dtype, device=device)
+        self.weights.copy_(start)
+        self.buffers = each(carried.buffers.to(device)) if len(carried.buffers) else None
+        self.counters = each(carried.counters.to(device)) if len(carried.counters) else None
+        self._views: dict[tuple[int, int], list[Tensor]] = {}
+
+    def inputs(self, part: slice) -> list[Tensor]:
+        key = part.start, part.stop
+        if key not in self._views:
+            self._views[key] = [
+                view
+                for vectors, shapes in zip((self.weights, self.buffers, self.counters), self._net.shapes, strict=True)
+                if vectors is not None
+                for view in _split(vectors[part], shapes)
+            ]
+        return self._views[key]
+
+    def joined(self, gradients: Sequence[Tensor], reached: Sequence[bool], part: slice) -> Tensor:
+        """The gradients of a move as vectors ``[k, P]``; zeros for a weight that the loss does not reach."""
+        k, found = part.stop - part.start, iter(gradients)
+        rows = [
+            next(found).reshape(k, -1) if has else self.weights.new_zeros(k, shape.numel())
+            for has, shape in zip(reached, self._net.shapes[0], strict=True)
+        ]
+        return torch.cat(rows, dim=1)
+
+
+def _split(vectors: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+    parts = torch.split(vectors, [shape.numel() for shape in shapes], dim=1)
+    return [part.view(len(vectors), *shape) for part, shape in zip(parts, shapes, strict=True)]

@@ -1,0 +1,74 @@
+"""The examples of a block of clients, and the orders in which they see them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shoal.client.data import Shard
+from shoal.client.local import LocalTraining
+
+__all__ = ["Examples", "Orders"]
+
+
+@dataclass(frozen=True)
+class Orders:
+    """One pass: each client's rows ``[K, n]`` in the order it sees them, of which the first ``lengths[k]`` count."""
+
+    rows: Tensor
+    lengths: Sequence[int]
+
+
+class Examples:
+    """The shards of a block as rows of two tensors: of those they are slices of, where there are such, or of copies."""
+
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        self._sizes = [len(shard) for shard in shards]
+        xs, ys = [shard.x for shard in shards], [shard.y for shard in shards]
+        found = _common(xs), _common(ys)
+        if found[0] is not None and found[1] is not None and found[0][1] == found[1][1]:
+            (self._x, first), (self._y, _) = found
+        else:
+            self._x, self._y, first = torch.cat(xs), torch.cat(ys), [0, *accumulate(self._sizes[:-1])]
+        self._first = np.array(first)[:, None]
+
+    def orders(
+        self, streams: Sequence[np.random.Generator], local: LocalTraining, taken: Sequence[int], limit: int | None
+    ) -> Orders:
+        """As :func:`shoal.client.trainer.batches` draws them; clients that have ``limit`` steps draw nothing more."""
+        size, lengths = local.batch_size, list(self._sizes)
+        rows = np.zeros((len(lengths), max(lengths)), dtype=np.int64)
+        for k, (n, stream) in enumerate(zip(self._sizes, streams, strict=True)):
+            if taken[k] == limit:
+                continue
+            whole = size == 0 or size >= n
+            rows[k, :n] = np.arange(n) if whole else stream.permutation(n)
+            lengths[k] = n // size * size if local.drop_last and not whole else n
+        return Orders(torch.from_numpy(rows + self._first), lengths)
+
+    def take(self, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The examples of rows ``[k, b]`` as copies; features that are no whole numbers in ``dtype``."""
+        flat = rows.reshape(-1)
+        x = self._x.index_select(0, flat).view(*rows.shape, *self._x.shape[1:])
+        y = self._y.index_select(0, flat).view(*rows.shape, *self._y.shape[1:])
+        return x.to(dtype) if x.is_floating_point() else x, y
+
+
+def _common(parts: Sequence[Tensor]) -> tuple[Tensor, list[int]] | None:
+    """The tensor that all parts are slices of, and where in it each begins; None if there is none."""
+    one = parts[0]
+    row, memory = one.stride(0), one.untyped_storage().data_ptr()
+    offsets = [part.storage_offset() for part in parts]
+    low = min(offsets)
+    for part, offset in zip(parts, offsets, strict=True):
+        apart = part.untyped_storage().data_ptr() != memory or part.shape[1:] != one.shape[1:]
+        if apart or not part.is_contiguous() or (offset - low) % max(row, 1) or part.dtype != one.dtype:
+            return None
+    first = [(offset - low) // max(row, 1) for offset in offsets]
+    rows = max(start + len(part) for start, part in zip(first, parts, strict=True))
+    return one.as_strided((rows, *one.shape[1:]), one.stride(), low), first

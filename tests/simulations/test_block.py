@@ -1,0 +1,174 @@
+"""A block of clients against the lean trainer, one after the other: the same numbers, whatever the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from shoal import LocalTraining
+from shoal.client.data import Shard
+from shoal.client.models import cnn, lenet, linear, mlp
+from shoal.client.net import Net, build_module, parameters_of
+from shoal.client.trainer import LeanTrainer, Turn
+from shoal.protos import seeds
+from shoal.simulations.block import BlockTrainer, Programs, moves
+from shoal.simulations.capture import Unsuitable
+from shoal.strategies.base import Drift, Update
+from shoal.strategies.sums import Carried
+
+LENGTHS = [23, 23, 14, 10, 10, 7, 3]
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: Callable[..., nn.Module]) -> None:
+        super().__init__()
+        self.embed, self.core, self.head = nn.Embedding(11, 6), kind(6, 5, batch_first=True), nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.core(self.embed(x))[0][:, -1])
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.core = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.core(self.embed(x)).mean(dim=1))
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.unused, self.frozen = nn.Linear(6, 6), nn.Linear(3, 3), nn.Linear(6, 4)
+        self.frozen.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.frozen(self.a(torch.relu(self.a(x))))
+
+
+IMAGE, TOKENS = (2, 16, 16), (5,)
+NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear": (lambda: linear((6,), 4), (6,)),
+    "mlp": (lambda: mlp((6,), 4, (7, 5)), (6,)),
+    "activations": (
+        lambda: nn.Sequential(
+            *(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.GELU(), nn.Linear(6, 6), nn.SiLU()),
+            *(nn.Linear(6, 6), nn.Sigmoid(), nn.Linear(6, 6), nn.LeakyReLU(), nn.Linear(6, 4), nn.ReLU(inplace=True)),
+        ),
+        (6,),
+    ),
+    "dropout": (
+        lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(inplace=True), nn.Dropout(0.3), nn.Linear(8, 4)),
+        (6,),
+    ),
+    "layer norm": (lambda: nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 4)), (6,)),
+    "batch norm": (lambda: nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4)), (6,)),
+    "group norm": (
+        lambda: nn.Sequential(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(4 * 14 * 14, 4)),
+        IMAGE,
+    ),
+    "lenet": (lambda: lenet(IMAGE, 4), IMAGE),
+    "cnn with batch norm": (lambda: cnn(IMAGE, 4, norm=True), IMAGE),
+    "tied, frozen, unused": (Tied, (6,)),
+    "gru": (lambda: Recurrent(nn.GRU), TOKENS),
+    "lstm": (lambda: Recurrent(nn.LSTM), TOKENS),
+    "attention": (Attention, TOKENS),
+}
+
+
+class Clients:
+    """Some clients with a model in float64, trained by either trainer."""
+
+    def __init__(self, name: str, local: LocalTraining, lengths: list[int] = LENGTHS) -> None:
+        make, shape = NETS[name]
+        self.net, self.local = Net(build_module(make, 0, "float64")), local
+        self.carried = Carried(*(parameters_of(self.net.module).map(Tensor.clone).buffers,) * 1, self._counters())
+        generator = torch.Generator().manual_seed(1)
+
+        def shard(n: int) -> Shard:
+            draw = (lambda: torch.randint(0, 11, (n, *shape), generator=generator)) if shape == TOKENS else None
+            x = draw() if draw else torch.randn(n, *shape, generator=generator, dtype=torch.float64)
+            return Shard(x, torch.randint(0, 4, (n,), generator=generator))
+
+        self.shards = [shard(n) for n in lengths]
+        self.start = self.net.flat.clone()
+
+    def _counters(self) -> Tensor:
+        return parameters_of(self.net.module).counters
+
+    def turns(self) -> list[Turn]:
+        return [Turn(str(k), 3, s, seeds.stream(0, "batches", 3, str(k)), 0.1) for k, s in enumerate(self.shards)]
+
+    def lean(self, drift: Callable[[int], Drift | None] = lambda k: None) -> list[Update]:
+        updates = []
+        for k, turn in enumerate(self.turns()):
+            torch.manual_seed(k)
+            self.net.restore(self.carried.buffers, self.carried.counters)
+            updates.append(LeanTrainer(self.net, self.local, turn).run(self.start, drift=drift(k)))
+        return updates
+
+    def block(self, fuse: bool, drift: Drift | None = None) -> Update:
+        programs = Programs(self.net, self.local, fuse=fuse)
+        trainer = BlockTrainer(programs, self.turns(), range(len(self.shards)), self.carried)
+        return trainer.run(self.start, drift=drift)
+
+
+def check(block: Update, lean: list[Update]) -> None:
+    for k, one in enumerate(lean):
+        torch.testing.assert_close(block.delta[k], one.delta, rtol=1e-10, atol=1e-12)
+        assert one.delta.abs().max() > 0
+        numbers = (block.examples[k].item(), block.steps[k].item(), block.lr_sum[k].item())  # type: ignore[index]
+        assert numbers == pytest.approx((one.examples, one.steps, one.lr_sum))
+        assert float(block.metrics["loss"][k]) == pytest.approx(one.metrics["loss"], abs=1e-10)  # type: ignore[index]
+        for stacked, single in ((block.buffers, one.buffers), (block.counters, one.counters)):
+            assert (stacked is None) == (single is None)
+            if stacked is not None and single is not None:
+                torch.testing.assert_close(stacked[k], single, rtol=1e-10, atol=1e-12)
+
+
+SGD = LocalTraining(batch_size=5, drop_last=True)
+
+
+@pytest.mark.parametrize("fuse", [False, True], ids=["captured", "fused"])
+@pytest.mark.parametrize("name", NETS)
+def test_every_net_equals_the_lean_trainer(name: str, fuse: bool) -> None:
+    clients = Clients(name, SGD)
+    check(clients.block(fuse), clients.lean())
+
+
+LOCALS = {
+    "epochs": LocalTraining(batch_size=5, epochs=3),
+    "steps": LocalTraining(batch_size=5, steps=7),
+    "one batch": LocalTraining(batch_size=0, epochs=2),
+    "drop last": LocalTraining(batch_size=4, epochs=2, drop_last=True),
+    "weight decay": LocalTraining(batch_size=5, epochs=2, weight_decay=0.1),
+    "momentum": LocalTraining(batch_size=5, epochs=2, momentum=0.9),
+    "nesterov": LocalTraining(batch_size=5, steps=6, momentum=0.9, nesterov=True, weight_decay=0.1),
+    "clip": LocalTraining(batch_size=5, epochs=2, clip=0.1),
+    "adam": LocalTraining(batch_size=5, epochs=3, optimizer="adam", weight_decay=0.1),
+    "adamw": LocalTraining(batch_size=5, steps=9, optimizer="adamw", weight_decay=0.1),
+}
+PLAIN = ("epochs", "steps", "one batch", "drop last", "weight decay")
+
+
+@pytest.mark.parametrize(("name", "fuse"), [(n, False) for n in LOCALS] + [(n, True) for n in PLAIN])
+def test_every_local_training_equals_the_lean_trainer(name: str, fuse: bool) -> None:
+    clients = Clients("mlp", LOCALS[name])
+    check(clients.block(fuse), clients.lean())
+
+
+@pytest.mark.parametrize("fuse", [False, True], ids=["captured", "fused"])
+def test_drifts_constant_or_not_one_for_all_or_each_its_own(fuse: bool) -> None:
+    clients = Clients("mlp", LocalTraining(batch_size=5, epochs=2, weight_decay=0.01))
+    start, own = clients.start, torch.randn(len(LENGTHS), len(clients.start), dtype=torch.float64) / 10
+    check(clients.block(fuse, own), clients.lean(lambda k: own[k]))
+    check(clients.block(fuse, own[0]), clients.lean(lambda k: own[0]))
+    check(clients.block(fuse, lambda w: 0.3 * (w - start)), clients.lean(lambda k: lambda w: 0.3 * (w - start)))
+    check(clients.block(fuse, lambda w: 0.3 * (w - own)), clients.lean(lambda k: lambda w: 0.3 * (w - own[k])))
