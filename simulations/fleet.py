@@ -7,7 +7,8 @@ Simulated clients answer in cohort order and take no time, so which updates coun
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Protocol
 
 import torch
 
@@ -19,7 +20,24 @@ from shoal.simulations.pool import Pool
 from shoal.strategies.base import Mine, State
 from shoal.strategies.sums import LEAF, Carried
 
-__all__ = ["InProcess", "SimulatedFleet"]
+__all__ = ["Engines", "InProcess", "SimulatedFleet"]
+
+
+class Engines(Protocol):
+    """Where jobs run: in this process, in worker processes or on a cluster."""
+
+    @property
+    def workers(self) -> int:
+        """How many jobs run at the same time."""
+        ...
+
+    def run(self, jobs: Sequence[Job], state: State, carried: Carried) -> Iterator[tuple[Job, Result | Died]]:
+        """Each job once, as it is done, with its result or how its process was lost."""
+        ...
+
+    def close(self) -> None:
+        """Release processes and memory."""
+        ...
 
 
 class InProcess:
@@ -46,11 +64,18 @@ class InProcess:
 
 
 class SimulatedFleet:
-    """A :class:`~shoal.server.fleet.Fleet` of the data set's clients; ``workers=0`` plays them in this process."""
+    """A :class:`~shoal.server.fleet.Fleet` of the data set's clients; ``workers=0`` plays them in this process.
 
-    def __init__(self, assignment: Assignment, workers: int = 0) -> None:
+    ``engines`` makes another place for them, such as a :class:`~shoal.simulations.cluster.Cluster`.
+    """
+
+    def __init__(
+        self, assignment: Assignment, workers: int = 0, *, engines: Callable[[Assignment], Engines] | None = None
+    ) -> None:
         self.population = assignment.data.clients
-        self._crew = Pool(assignment, workers) if workers else InProcess(assignment)
+        self._crew: Engines = (
+            engines(assignment) if engines else Pool(assignment, workers) if workers else InProcess(assignment)
+        )
         self._states: dict[str, Mine] = {}
         self._staged: dict[str, Mine] = {}
 
