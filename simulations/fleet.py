@@ -14,13 +14,17 @@ import torch
 
 from shoal.protos.messages import Failure
 from shoal.server.fleet import Ask, Part, Report
+from shoal.simulations.blocks import Method
 from shoal.simulations.crew import Died
 from shoal.simulations.engine import Assignment, Engine, Job, Result
 from shoal.simulations.pool import Pool
 from shoal.strategies.base import Mine, State
 from shoal.strategies.sums import LEAF, Carried
 
-__all__ = ["Engines", "InProcess", "SimulatedFleet"]
+__all__ = ["Engines", "InProcess", "SimulatedFleet", "portions"]
+
+
+LEAN = Method()
 
 
 class Engines(Protocol):
@@ -70,8 +74,14 @@ class SimulatedFleet:
     """
 
     def __init__(
-        self, assignment: Assignment, workers: int = 0, *, engines: Callable[[Assignment], Engines] | None = None
+        self,
+        assignment: Assignment,
+        workers: int = 0,
+        method: Method = LEAN,
+        *,
+        engines: Callable[[Assignment], Engines] | None = None,
     ) -> None:
+        self.method = method
         self.population = assignment.data.clients
         self._crew: Engines = (
             engines(assignment) if engines else Pool(assignment, workers) if workers else InProcess(assignment)
@@ -94,7 +104,7 @@ class SimulatedFleet:
         spare = iter(range(ask.goal, len(ask.cohort)))
         while missing and (next_up := [p for _, p in zip(range(missing), spare, strict=False)]):
             missing = 0
-            for part in self._run(ask, [[position] for position in next_up], ends):
+            for part in self._run(ask, [range(position, position + 1) for position in next_up], ends):
                 missing += len(part.failures)
                 yield part
 
@@ -104,11 +114,14 @@ class SimulatedFleet:
             yield from part.failures
             yield from part.reports
 
-    def _portions(self, count: int, deadline: float | None = None) -> list[Sequence[int]]:
-        """Whole leaves as long as there is one for every worker; the rest client by client, so that none idles.
+    def _portions(self, count: int, deadline: float | None = None) -> list[range]:
+        """What goes into one job. Where bits depend on it (in blocks), it does not depend on the workers.
 
+        Lean: whole leaves as long as there is one for every worker; the rest client by client, so that none idles.
         Under a deadline all go one by one: a client that hangs must not take others with it.
         """
+        if self.method.engine != "lean":
+            return portions(count, self.method.job)
         workers = self._crew.workers
         if deadline is not None:
             whole = 0
@@ -116,27 +129,31 @@ class SimulatedFleet:
             whole = -(-count // LEAF)
         else:
             whole = count // LEAF // workers * workers
-        leaves: list[Sequence[int]] = [range(count)[LEAF * i : LEAF * (i + 1)] for i in range(whole)]
-        return leaves + [[position] for position in range(LEAF * whole, count)]
+        leaves = [range(count)[LEAF * i : LEAF * (i + 1)] for i in range(whole)]
+        return leaves + [range(position, position + 1) for position in range(LEAF * whole, count)]
 
-    def _run(self, ask: Ask, leaves: Sequence[Sequence[int]], ends: float | None, train: bool = True) -> Iterator[Part]:
-        retry = list[Sequence[int]]()
-        jobs = [self._job(ask, leaf, ends, train) for leaf in leaves]
+    def _run(
+        self, ask: Ask, portions: Sequence[range], ends: float | None, train: bool = True, lost: int = 0
+    ) -> Iterator[Part]:
+        """``lost`` counts how often workers died with these clients: once is no proof against them."""
+        retry = list[range]()
+        jobs = [self._job(ask, portion, ends, train) for portion in portions]
         for job, result in self._crew.run(jobs, ask.state, ask.carried):
             positions = range(job.position, job.position + len(job.clients))
             if isinstance(result, Result):
                 self._staged.update(result.staged)
-                yield result.part
-            elif len(job.clients) > 1 and (ends is None or time.monotonic() < ends):
-                retry += [[position] for position in positions]  # one by one: only the culprit shall fail
+                yield from result.parts
+            elif (len(job.clients) > 1 or not lost) and (ends is None or time.monotonic() < ends):
+                # Once as it was, which gives the same bits; then one by one, so that only the culprit fails.
+                retry += [range(p, p + 1) for p in positions] if lost else [positions]
             else:
                 yield _lost(job, result, ends)
         if retry:
-            yield from self._run(ask, retry, ends, train)
+            yield from self._run(ask, retry, ends, train, lost + 1)
 
-    def _job(self, ask: Ask, positions: Sequence[int], ends: float | None, train: bool) -> Job:
+    def _job(self, ask: Ask, positions: range, ends: float | None, train: bool) -> Job:
         clients = [(ask.cohort[p], self._states.get(ask.cohort[p])) for p in positions]
-        return Job(positions[0], clients, ask.context, train, ends)
+        return Job(positions[0], clients, ask.context, train, ends, self.method)
 
     def settle(self, counted: Collection[str]) -> None:
         self._states.update({client: self._staged[client] for client in counted if self._staged.get(client)})
@@ -150,6 +167,15 @@ class SimulatedFleet:
 
     def close(self) -> None:
         self._crew.close()
+
+
+def portions(count: int, size: int) -> list[range]:
+    """The cohort in even pieces of about ``size`` clients, of whole leaves if ``size`` is a number of leaves."""
+    unit = LEAF if size % LEAF == 0 and count > size else 1
+    units = -(-count // unit)
+    pieces = -(-count // size)
+    ends = [units * (i + 1) // pieces for i in range(pieces)]
+    return [range(count)[unit * start : unit * end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def _lost(job: Job, died: Died, ends: float | None) -> Part:

@@ -8,8 +8,9 @@ of workers, the order of arrival and a crash leave no trace in the bits.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from torch import Tensor
 from shoal.protos.errors import RoundError
 from shoal.strategies.base import Context, State, Strategy, Terms, Update
 
-__all__ = ["LEAF", "Carried", "Contribution", "LeafSum", "add_up", "carry", "contribute", "plus"]
+__all__ = ["LEAF", "Carried", "Contribution", "LeafSum", "RunningSum", "add_up", "carry", "contribute", "contributions"]
 
 LEAF = 16
 
@@ -56,6 +57,30 @@ def contribute(strategy: Strategy, state: State, update: Update, context: Contex
     )
 
 
+def contributions(strategy: Strategy, state: State, update: Update, context: Context) -> list[Contribution]:
+    """Those of a block of K clients, in its order."""
+    examples: Any = update.examples  # [K, 1]
+    block = strategy.contribute(state, update, context)
+    terms = {name: _rows(value, len(examples)) for name, value in block.items()}
+    buffers = None if update.buffers is None else update.buffers * examples
+    return [
+        Contribution(
+            {name: rows[k] for name, rows in terms.items()},
+            None if buffers is None else buffers[k],
+            None if update.counters is None else update.counters[k],
+            float(examples[k]),
+        )
+        for k in range(len(examples))
+    ]
+
+
+def _rows(value: Tensor | float, count: int) -> Sequence[Tensor | float]:
+    """A block's term for each client: a column of numbers becomes numbers."""
+    if not isinstance(value, Tensor):
+        return [value] * count
+    return value.unbind() if value.shape[1] > 1 else value.squeeze(1).tolist()  # type: ignore[no-any-return]
+
+
 def carry(carried: Carried, total: Contribution) -> Carried:
     """The next round's buffers (their example-weighted mean) and counters (their maximum)."""
     buffers, counters = total.buffers, total.counters
@@ -70,48 +95,87 @@ def carry(carried: Carried, total: Contribution) -> Carried:
     )
 
 
-def plus(a: Contribution, b: Contribution) -> Contribution:
-    """Their sum; KeyError if they name different terms."""
+class RunningSum:
+    """A sum from left to right, in memory of its own: what is added is neither changed nor kept."""
+
+    def __init__(self) -> None:
+        self._total: Contribution | None = None
+
+    def add(self, part: Contribution) -> None:
+        """KeyError if the parts of one round name different terms."""
+        self._total = _copied(part) if self._total is None else _plus(self._total, part)
+
+    @property
+    def total(self) -> Contribution | None:
+        """What has been added so far, not to be kept while more is added; None if nothing was."""
+        return self._total
+
+
+def add_up(parts: Iterable[Contribution]) -> Contribution | None:
+    """Left to right; None if there are none."""
+    running = RunningSum()
+    for part in parts:
+        running.add(part)
+    return running.total
+
+
+def _copied(part: Contribution) -> Contribution:
+    terms = {name: value.clone() if isinstance(value, Tensor) else value for name, value in part.terms.items()}
+    buffers = None if part.buffers is None else part.buffers.clone()
+    return replace(part, terms=terms, buffers=buffers)
+
+
+def _plus(a: Contribution, b: Contribution) -> Contribution:
+    """Their sum in the memory of ``a``."""
     if a.terms.keys() != b.terms.keys():
         raise KeyError(f"contributions of one round name different terms: {sorted(a.terms)} and {sorted(b.terms)}")
     if (a.buffers is None) != (b.buffers is None) or (a.counters is None) != (b.counters is None):
         raise KeyError("contributions of one round must all bring buffers and counters, or none")
     return Contribution(
-        {name: a.terms[name] + b.terms[name] for name in a.terms},
-        None if a.buffers is None or b.buffers is None else a.buffers + b.buffers,
+        {name: _added(value, b.terms[name]) for name, value in a.terms.items()},
+        None if a.buffers is None or b.buffers is None else a.buffers.add_(b.buffers),
         None if a.counters is None or b.counters is None else torch.maximum(a.counters, b.counters),
         a.examples + b.examples,
         a.counted + b.counted,
     )
 
 
-def add_up(parts: Iterable[Contribution]) -> Contribution | None:
-    """Left to right; None if there are none."""
-    total: Contribution | None = None
-    for part in parts:
-        total = part if total is None else plus(total, part)
-    return total
+def _added(a: Tensor | float, b: Tensor | float) -> Tensor | float:
+    return a.add_(b) if isinstance(a, Tensor) else a + b
 
 
-@dataclass(frozen=True)
 class _Folded:
     """A sum as far as it goes: the leaves before ``number``, and that leaf as far as it goes."""
 
-    before: Contribution | None = None
-    number: int = 0
-    leaf: Contribution | None = None
+    def __init__(self) -> None:
+        self._before, self._number, self._leaf = RunningSum(), 0, RunningSum()
 
-    def add(self, position: int, part: Contribution | None) -> _Folded:
+    def add(self, position: int, part: Contribution | None) -> None:
         if part is None:
-            return self
-        if self.leaf is None or position // LEAF != self.number:
-            return _Folded(self.total(), position // LEAF, part)
-        return _Folded(self.before, self.number, plus(self.leaf, part))
+            return
+        if position // LEAF != self._number:
+            self._close()
+            self._number = position // LEAF
+        self._leaf.add(part)
 
-    def total(self) -> Contribution | None:
-        if self.before is None or self.leaf is None:
-            return self.leaf
-        return plus(self.before, self.leaf)
+    def _close(self) -> None:
+        if self._before.total is None:
+            self._before, self._leaf = self._leaf, RunningSum()
+        elif self._leaf.total is not None:
+            self._before.add(self._leaf.total)
+            self._leaf = RunningSum()
+
+    def total(self, beyond: Iterable[tuple[int, Contribution | None]]) -> Contribution | None:
+        """With some parts ``beyond``, which are not kept."""
+        going_on = _Folded()
+        going_on._number = self._number
+        for running, kept in ((going_on._before, self._before), (going_on._leaf, self._leaf)):
+            if kept.total is not None:
+                running.add(kept.total)
+        for position, part in beyond:
+            going_on.add(position, part)
+        going_on._close()
+        return going_on._before.total
 
 
 class LeafSum:
@@ -135,12 +199,10 @@ class LeafSum:
         self._waiting[position] = size, part
         while self._next in self._waiting:
             size, found = self._waiting.pop(self._next)
-            self._folded = self._folded.add(self._next, found)
+            self._folded.add(self._next, found)
             self._next += size
 
     def total(self) -> Contribution | None:
         """The sum of the parts there are, also where positions are missing; None if there are none."""
-        folded = self._folded
-        for position, (_, part) in sorted(self._waiting.items(), key=lambda item: item[0]):
-            folded = folded.add(position, part)
-        return folded.total()
+        waiting = sorted(self._waiting.items(), key=lambda item: item[0])
+        return self._folded.total((position, part) for position, (_, part) in waiting)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import torch
@@ -15,8 +14,7 @@ from shoal.client.models import cnn, lenet, linear, mlp
 from shoal.client.net import Net, build_module, parameters_of
 from shoal.client.trainer import LeanTrainer, Turn
 from shoal.protos import seeds
-from shoal.simulations.block import BlockTrainer, Programs, moves
-from shoal.simulations.capture import Unsuitable
+from shoal.simulations.block import BlockTrainer, Programs
 from shoal.strategies.base import Drift, Update
 from shoal.strategies.sums import Carried
 

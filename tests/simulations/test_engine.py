@@ -133,18 +133,18 @@ def test_initial_weights_depend_on_the_seed_alone() -> None:
 def test_the_deadline_holds_between_clients() -> None:
     result = run(engine(), ["c0", "c1"], seconds=-1.0)
 
-    assert [f.reason for f in result.part.failures] == [
+    assert [f.reason for f in result.parts[0].failures] == [
         f"client 'c{i}' did not answer before the deadline" for i in (0, 1)
     ]
-    assert result.part.total is None and not result.staged
+    assert result.parts[0].total is None and not result.staged
 
 
 def test_an_unknown_client_fails_alone() -> None:
     result = run(engine(), ["c0", "nobody", "c1"])
 
-    assert [report.client for report in result.part.reports] == ["c0", "c1"]
-    assert "nobody" in result.part.failures[0].reason
-    assert result.part.total.counted == 2
+    assert [report.client for report in result.parts[0].reports] == ["c0", "c1"]
+    assert "nobody" in result.parts[0].failures[0].reason
+    assert result.parts[0].total.counted == 2
 
 
 def test_evaluation_is_of_the_held_out_examples() -> None:
@@ -152,10 +152,10 @@ def test_evaluation_is_of_the_held_out_examples() -> None:
     held = ArrayData(base.x, base.y, {"a": (0, 10, 15), "b": (15, 30, 30)}, Shard(base.x, base.y), 4)
     result = run(engine(d=held), ["a", "b"], train=False)
 
-    assert [(report.client, report.numbers["examples"]) for report in result.part.reports] == [("a", 5.0)]
+    assert [(report.client, report.numbers["examples"]) for report in result.parts[0].reports] == [("a", 5.0)]
     model = build_module(mlp, 0, "float32").eval()
     expected = float((model(base.x[10:15]).argmax(1) == base.y[10:15]).float().mean())
-    assert result.part.reports[0].numbers["accuracy"] == pytest.approx(expected)
+    assert result.parts[0].reports[0].numbers["accuracy"] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3])

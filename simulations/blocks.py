@@ -1,0 +1,132 @@
+"""Clients played in blocks: the client half of a strategy, once for K clients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from shoal.client.data import Shard
+from shoal.client.local import LocalTraining
+from shoal.client.net import Net, to_numpy
+from shoal.client.trainer import Turn
+from shoal.protos import seeds
+from shoal.protos.errors import InvalidUpdate
+from shoal.protos.messages import check_update
+from shoal.simulations.block import BlockTrainer, Programs
+from shoal.strategies.base import Mine, Sent, Strategy, Update
+from shoal.strategies.sums import Carried
+
+__all__ = ["BlockParticipant", "Method", "blocks", "columns", "row"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """How clients are played: by which ``engine``, in blocks of at most ``block``, in jobs of at most ``job`` clients.
+
+    The bits of a result depend on it, and on nothing else than what an experiment says.
+    """
+
+    engine: Literal["lean", "captured", "fused"] = "lean"
+    block: int = 1
+    job: int = 16
+
+    def __str__(self) -> str:
+        return self.engine if self.engine == "lean" else f"{self.engine} K={self.block}"
+
+
+def blocks(shards: Mapping[int, Shard], size: int) -> list[list[int]]:
+    """Which clients share a block: those of like examples, at most ``size``, evenly, the largest shards first."""
+
+    def form(k: int) -> Any:
+        shard = shards[k]
+        return str((shard.x.shape[1:], shard.x.dtype, shard.y.shape[1:], shard.y.dtype))
+
+    order = sorted(shards, key=lambda k: (form(k), -len(shards[k])))
+    found = []
+    for _, members in groupby(order, key=form):
+        alike = list(members)
+        count = -(-len(alike) // size)
+        ends = [len(alike) * (i + 1) // count for i in range(count)]
+        found += [alike[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+    return found
+
+
+class BlockParticipant:
+    """Runs the task of a round for blocks of clients; see :class:`shoal.client.participant.Participant`."""
+
+    def __init__(self, net: Net, strategy: Strategy, local: LocalTraining, seed: int, fuse: bool) -> None:
+        self.net, self._strategy, self._local, self._seed = net, strategy, local, seed
+        self._programs = Programs(net, local, fuse=fuse)
+
+    def train(
+        self, clients: Sequence[str], round: int, shards: Sequence[Shard], sent: Sent, carried: Carried, mine: Any
+    ) -> tuple[Update, Mapping[str, Tensor]]:
+        """The block's update and next states, with a leading axis of clients; what anything raises comes through."""
+        lr = self._local.lr * self._local.lr_decay ** (round - 1)
+        turns = [
+            Turn(client, round, shard, seeds.stream(self._seed, "batches", round, client), lr)
+            for client, shard in zip(clients, shards, strict=True)
+        ]
+        draws = [seeds.integer(self._seed, "torch", round, client) for client in clients]
+        trainer = BlockTrainer(self._programs, turns, draws, carried)
+        return self._strategy.local(trainer, sent, self._before(sent, mine))
+
+    def _before(self, sent: Sent, mine: Sequence[Mine | None]) -> Mine:
+        """The clients' states, stacked."""
+        fresh = self._strategy.init_client(sent.parameters)
+        known = [fresh if one is None else one for one in mine]
+        device = self.net.flat.device
+        return {name: torch.stack([one[name].to(device) for one in known]) for name in fresh}
+
+    def problems(self, update: Update, sent: Sent, clients: Sequence[str], round: int) -> dict[int, InvalidUpdate]:
+        """Which clients' updates may not be counted, and why."""
+        bad = ~_finite(update.delta)
+        for tensor in (*update.tensors.values(), update.buffers):
+            if tensor is not None:
+                bad |= ~_finite(tensor)
+        bad |= ~torch.isfinite(torch.as_tensor(update.metrics["loss"]))
+        found, declared = {}, self._strategy.reply(sent)
+        suspects = bad.nonzero().flatten().tolist() or [0]  # names and shapes are the same for all
+        for k in suspects:
+            try:
+                check_update(row(update, k).map(to_numpy), self.net.layout, declared, clients[k], round)
+            except InvalidUpdate as error:
+                found[k] = error
+        return found
+
+
+def row(update: Update, k: int) -> Update:
+    """One client's update out of a block's."""
+
+    def number(value: Any) -> float:
+        return float(value[k])
+
+    return Update(
+        update.delta[k],
+        number(update.examples),
+        number(update.steps),
+        number(update.lr_sum),
+        {name: tensor[k] for name, tensor in update.tensors.items()},
+        None if update.buffers is None else update.buffers[k],
+        None if update.counters is None else update.counters[k],
+        {name: number(value) for name, value in update.metrics.items()},
+    )
+
+
+def columns(update: Update) -> list[dict[str, float]]:
+    """The numbers of a block's update, client by client."""
+    columns: dict[str, Any] = dict(update.metrics)
+    columns |= {"examples": update.examples, "steps": update.steps, "lr_sum": update.lr_sum}
+    names = list(columns)
+    values = zip(*(column.flatten().tolist() for column in columns.values()), strict=True)
+    return [dict(zip(names, numbers, strict=True)) for numbers in values]
+
+
+def _finite(rows: Tensor) -> Tensor:
+    """Whether each row is finite, or may not be: one pass, no copy."""
+    return torch.isfinite(torch.linalg.vector_norm(rows, dim=1))
