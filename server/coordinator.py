@@ -114,7 +114,7 @@ class Coordinator:
         observers: Sequence[Observer] = (),
     ) -> None:
         self.plan, self.point = plan, point
-        self._strategy, self._selector, self._fleet = strategy, selector, fleet
+        self._strategy, self._selector, self.fleet = strategy, selector, fleet
         self._evaluate, self._observers = evaluate, observers
         self.stopping = False
         self._kept = point.round or None  # a point beyond the start comes from a checkpoint
@@ -138,12 +138,12 @@ class Coordinator:
         return self.point
 
     def _round(self, number: int) -> None:
-        began, ask = time.perf_counter(), self._ask(number)
+        began, ask = time.perf_counter(), self.ask(number)
         summed, reports, failures = self._gather(ask)
         trained = time.perf_counter()
         after = self._finish(ask, summed, reports)
         self.committing = True
-        self._fleet.settle([report.client for report in reports])
+        self.fleet.settle([report.client for report in reports])
         self.point = after
         self.committing = False
         line, evaluations = _numbers(ask, reports, failures), list[Report]()
@@ -158,7 +158,7 @@ class Coordinator:
     def _gather(self, ask: Ask) -> tuple[Contribution, list[Report], list[Failure]]:
         """The sum of what the fleet answers; RoundError if too few do."""
         total, reports, failures = LeafSum(), list[Report](), list[Failure]()
-        for part in self._fleet.train(ask):
+        for part in self.fleet.train(ask):
             total.add(part.position, part.total, len(part.reports) + len(part.failures))
             reports += part.reports
             failures += part.failures
@@ -182,11 +182,12 @@ class Coordinator:
         carried = carry(before.carried, summed)
         return replace(before, round=number, state=state, carried=carried, selector=selector)
 
-    def _ask(self, number: int) -> Ask:
-        plan, population = self.plan, self._fleet.population
+    def ask(self, number: int) -> Ask:
+        """What the fleet is asked in that round, after the value there is now."""
+        plan, population = self.plan, self.fleet.population
         asked = min(len(population), math.ceil(plan.cohort * plan.over_select - ROUNDING))
         rng = seeds.stream(plan.seed, "cohort", number)
-        reachable = self._fleet.reachable  # too few of them: the others are asked too, and may come back in time
+        reachable = self.fleet.reachable  # too few of them: the others are asked too, and may come back in time
         choice = reachable if len(reachable) >= asked else population
         cohort = self._selector.select(self.point.selector, choice, asked, number, rng)
         if len(set(cohort)) != len(cohort) or not cohort:
@@ -200,9 +201,9 @@ class Coordinator:
         if self._evaluate is not None and _due(number, plan.evaluate_every, plan.rounds):
             line |= self._evaluation(self._evaluate, point)
         if _due(number, plan.evaluate_clients_every, plan.rounds):
-            everyone = self._fleet.reachable
+            everyone = self.fleet.reachable
             ask = replace(ask, cohort=everyone, goal=len(everyone), state=point.state, carried=point.carried)
-            for answer in self._fleet.evaluate(ask):
+            for answer in self.fleet.evaluate(ask):
                 if isinstance(answer, Failure):
                     self._report_failure(answer)
                 else:
@@ -223,7 +224,7 @@ class Coordinator:
         if self.point.round == self._kept:
             return
         self._kept = self.point.round
-        self.point = replace(self.point, clients=self._fleet.snapshot())
+        self.point = replace(self.point, clients=self.fleet.snapshot())
         self._each(lambda observer: observer.on_checkpoint(self.point))
 
     def _each(self, call: Callable[[Observer], Any]) -> None:
