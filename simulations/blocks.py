@@ -21,7 +21,10 @@ from shoal.simulations.block import BlockTrainer, Programs
 from shoal.strategies.base import Mine, Sent, Strategy, Update
 from shoal.strategies.sums import Carried
 
-__all__ = ["BlockParticipant", "Method", "blocks", "columns", "row"]
+__all__ = ["BlockParticipant", "Engine", "Method", "blocks", "columns", "row"]
+
+
+Engine = Literal["lean", "captured", "fused"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Method:
     The bits of a result depend on it, and on nothing else than what an experiment says.
     """
 
-    engine: Literal["lean", "captured", "fused"] = "lean"
+    engine: Engine = "lean"
     block: int = 1
     job: int = 16
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -21,8 +22,7 @@ from shoal.simulations.pool import Pool
 from shoal.strategies.base import Mine, State
 from shoal.strategies.sums import LEAF, Carried
 
-__all__ = ["Engines", "InProcess", "SimulatedFleet", "portions"]
-
+__all__ = ["LEAN", "Engines", "InProcess", "SimulatedFleet", "one_thread", "portions"]
 
 LEAN = Method()
 
@@ -44,6 +44,18 @@ class Engines(Protocol):
         ...
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """As in a worker: PyTorch on one thread; and the caller's random generator comes back as it was."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 class InProcess:
     """One engine in the calling process, single-threaded as a worker is, so that it gives the same bits."""
 
@@ -54,13 +66,8 @@ class InProcess:
 
     def run(self, jobs: Sequence[Job], state: State, carried: Carried) -> Iterator[tuple[Job, Result | Died]]:
         for job in jobs:
-            threads = torch.get_num_threads()
-            torch.set_num_threads(1)
-            try:
-                with torch.random.fork_rng(devices=[]):
-                    result = self._engine.run(job, state, carried, job.left())
-            finally:
-                torch.set_num_threads(threads)
+            with one_thread():
+                result = self._engine.run(job, state, carried, job.left())
             yield job, result
 
     def close(self) -> None:
@@ -81,9 +88,9 @@ class SimulatedFleet:
         *,
         engines: Callable[[Assignment], Engines] | None = None,
     ) -> None:
-        self.method = method
+        self.assignment, self.method = assignment, method
         self.population = assignment.data.clients
-        self._crew: Engines = (
+        self.crew: Engines = (
             engines(assignment) if engines else Pool(assignment, workers) if workers else InProcess(assignment)
         )
         self._states: dict[str, Mine] = {}
@@ -122,7 +129,7 @@ class SimulatedFleet:
         """
         if self.method.engine != "lean":
             return portions(count, self.method.job)
-        workers = self._crew.workers
+        workers = self.crew.workers
         if deadline is not None:
             whole = 0
         elif workers == 1:
@@ -138,7 +145,7 @@ class SimulatedFleet:
         """``lost`` counts how often workers died with these clients: once is no proof against them."""
         retry = list[range]()
         jobs = [self._job(ask, portion, ends, train) for portion in portions]
-        for job, result in self._crew.run(jobs, ask.state, ask.carried):
+        for job, result in self.crew.run(jobs, ask.state, ask.carried):
             positions = range(job.position, job.position + len(job.clients))
             if isinstance(result, Result):
                 self._staged.update(result.staged)
@@ -166,7 +173,7 @@ class SimulatedFleet:
         self._states, self._staged = dict(states), {}
 
     def close(self) -> None:
-        self._crew.close()
+        self.crew.close()
 
 
 def portions(count: int, size: int) -> list[range]:
