@@ -19,6 +19,7 @@ from shoal.protos.parameters import Parameters
 from shoal.server.checkpoints import Checkpoint
 from shoal.server.coordinator import Coordinator, Observer, Plan, start
 from shoal.server.fleet import Fleet
+from shoal.simulations.blocks import Method
 from shoal.simulations.datasets import Dataset
 from shoal.simulations.engine import Assignment
 from shoal.simulations.federated import ArrayData, FederatedData
@@ -72,14 +73,14 @@ class Composition:
                 f"use the strategy of that run"
             )
 
-    def simulated(self, workers: int) -> Fleet:
+    def simulated(self, workers: int, method: Method) -> Fleet:
         """The data's clients, played in worker processes or (0) in this one."""
         e = self.experiment
         assert self.data is not None, "checked by check_simulation"
         assignment = Assignment(
             self._make_model, self.data, e.strategy, e.local, e.seed, e.dtype, e.device, self._client
         )
-        return SimulatedFleet(assignment, workers)
+        return SimulatedFleet(assignment, workers, method)
 
     def coordinator(self, fleet: Fleet, point: Checkpoint, observers: Sequence[Observer]) -> Coordinator:
         """The loop of rounds from ``point`` on."""

@@ -81,6 +81,10 @@ class Display(ABC):
     def on_checkpoint(self, checkpoint: Checkpoint) -> None:
         return
 
+    def planned(self, line: str) -> None:
+        """How clients will be played, found by measuring."""
+        self.note(line)
+
     def waiting(self, present: int, needed: int) -> None:
         """A server waits for its clients."""
         self.note(f"waiting for clients: {present} of {needed} are connected")
@@ -116,6 +120,9 @@ class Plain(Display):
         self._rounds = opening.experiment.rounds
         for line in _heading(opening):
             self.console.print(line, markup=False)
+
+    def planned(self, line: str) -> None:
+        self.console.print(f"  measured  {line}", markup=False)
 
     def on_round(self, round: Round) -> None:
         self.console.print(_line(round, self._rounds), markup=False)
@@ -161,6 +168,10 @@ class Live(Plain):
 
     def on_answers(self, round: int, answered: int, asked: int) -> None:
         self._bar.update(self._task, answers=f"{answered}/{asked} answered" if answered < asked else "")
+
+    def planned(self, line: str) -> None:
+        """How clients will be played, found by measuring."""
+        self.note(line)
 
     def waiting(self, present: int, needed: int) -> None:
         text = f"waiting for clients: {present} of {needed} are connected" if present < needed else "starting"

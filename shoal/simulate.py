@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,15 @@ from shoal.experiment import UNNAMED, Experiment
 from shoal.progress import Display, display
 from shoal.protos.errors import ExperimentError, RunError, nearest
 from shoal.run import Run
+from shoal.server.coordinator import Coordinator
 from shoal.server.runs import RunFolder
+from shoal.simulations.blocks import Method
+from shoal.simulations.fleet import LEAN, SimulatedFleet
+from shoal.simulations.planner import plan
 
 __all__ = ["resume", "simulate"]
 
-ENGINES = ("auto", "lean")
+ENGINES = ("auto", "lean", "captured", "fused")
 MAY_CHANGE = frozenset({"rounds", "evaluation", "target", "checkpoint_every"})
 
 
@@ -35,19 +39,33 @@ def simulate(
     with closing(RunFolder.create(out, experiment.name) if path is None else RunFolder.make(path)) as folder:
         folder.claim()
         folder.write("experiment.toml", experiment.toml())
-        folder.write("env.json", environment(composition, "lean", number, _population(composition)))
-        return _simulated(composition, folder, number, show).run(composition.start())
+        folder.write("env.json", environment(composition, engine, number, _population(composition)))
+        return _simulated(composition, folder, number, show, engine).run(composition.start())
 
 
-def _simulated(composition: Composition, folder: RunFolder, workers: int, show: Display) -> Execution:
+def _simulated(
+    composition: Composition, folder: RunFolder, workers: int, show: Display, engine: str, method: Method | None = None
+) -> Execution:
+    """Without a ``method``, the best one for the engine is found before the first round, and recorded."""
+
+    def ready(coordinator: Coordinator) -> None:
+        fleet = coordinator.fleet
+        if method is not None or engine == "lean" or not isinstance(fleet, SimulatedFleet):
+            return
+        found = plan(fleet, coordinator.ask(coordinator.point.round + 1), engine)
+        fleet.method = found.method
+        folder.write("env.json", folder.read("env.json") | {"engine": found.method.engine, "plan": asdict(found)})
+        show.planned(str(found))
+
     return Execution(
         composition,
         folder,
         show,
-        engine=f"lean × {workers} workers" if workers else "lean, in this process",
+        engine=f"{engine} × {workers} workers" if workers else f"{engine}, in this process",
         population=_population(composition),
-        make_fleet=lambda: composition.simulated(workers),
+        make_fleet=lambda: composition.simulated(workers, method or LEAN),
         shards=composition.shards,
+        ready=ready,
     )
 
 
@@ -96,7 +114,9 @@ def _again(
 
         return served(composition, folder, recorded, show)
     composition.check_simulation()
-    return nullcontext(_simulated(composition, folder, int(recorded["workers"]), show))
+    kept = recorded.get("plan")
+    method = Method(**kept["method"]) if kept else None
+    return nullcontext(_simulated(composition, folder, int(recorded["workers"]), show, recorded["engine"], method))
 
 
 def _kept_experiment(folder: RunFolder, kept: str) -> Experiment:
