@@ -97,6 +97,7 @@ class Net:
         self.flat = _gather(self.weights, self.dtype)
         self._shapes = [tensor.shape for tensor in self.weights]
         self._sizes = [tensor.numel() for tensor in self.weights]
+        self._channels_last: dict[torch.Size, bool] = {}
         self._bind()
         self._constant = {name: b.clone() for name, b in self._outside_the_state()}
         self._homes = {segment: self._owners(segment) for segment in (Segment.BUFFERS, Segment.COUNTERS)}
@@ -109,6 +110,31 @@ class Net:
     @property
     def dtype(self) -> torch.dtype:
         return getattr(torch, self.layout.dtype)  # type: ignore[no-any-return]
+
+    def arrange(self, x: Tensor) -> Tensor:
+        """Images with their channels last, as a copy: convolutions and pooling are up to twice as fast so.
+
+        Where the model's own code cannot take it (``x.view`` on what is no longer contiguous), or has no convolution,
+        images stay as they are, as all else does. That depends on shapes alone.
+        """
+        if x.dim() != 4 or not x.is_floating_point():
+            return x
+        if x.shape[1:] not in self._channels_last:
+            self._channels_last[x.shape[1:]] = self._takes_channels_last(x[:2])
+        return _channels_last(x) if self._channels_last[x.shape[1:]] else x
+
+    def _takes_channels_last(self, x: Tensor) -> bool:
+        if not any(isinstance(module, nn.Conv2d) for module in self.module.modules()):
+            return False
+        training = self.module.training
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                self.module.eval()(_channels_last(x))
+        except Exception:  # what is wrong otherwise shows in training
+            return False
+        finally:
+            self.module.train(training)
+        return True
 
     def split(self, vector: Tensor) -> list[Tensor]:
         """Views of a vector ``[P]`` in the shapes of :attr:`weights`."""
@@ -167,6 +193,11 @@ class Net:
         homes = self._homes[segment]
         kind = torch.int64 if segment is Segment.COUNTERS else self.dtype
         return _gather(self.tensors(segment), kind) if homes else None
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """A copy; ``contiguous`` would leave images of one channel as they are, and convolutions would not take the hint."""
+    return torch.empty_like(x, memory_format=torch.channels_last).copy_(x)
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray:

@@ -98,7 +98,7 @@ def evaluate(net: Net, local: LocalTraining, shard: Shard, chunk: int = 512) -> 
     loss, metrics = loss_named(local.loss), dict(metric_named(metric) for metric in local.metrics or ())
     sums = dict.fromkeys(["loss", *metrics], 0.0)
     for x, y in zip(torch.split(shard.x, chunk), torch.split(shard.y, chunk), strict=True):
-        output = net.module(x.clone())  # a model may change its input in place
+        output = net.module(net.arrange(x.clone()))  # a model may change its input in place
         sums["loss"] += float(loss(output, y)) * len(x)
         for name, metric in metrics.items():
             values = metric(output, y)

@@ -40,8 +40,9 @@ def batches(
         order = torch.from_numpy(rng.permutation(len(shard)))
         if drop_last:
             order = order[: len(order) // size * size]
-        x, y = shard.x.index_select(0, order), shard.y.index_select(0, order)
-        yield from zip(torch.split(x, size), torch.split(y, size), strict=True)
+        labels = torch.split(shard.y.index_select(0, order), size)
+        for rows, y in zip(torch.split(order, size), labels, strict=True):
+            yield shard.x.index_select(0, rows), y  # a batch at a time: it is still in the cache when it is used
 
 
 def declared_batches(local: LocalTraining, turn: Turn, epochs: int | None) -> Iterator[tuple[Tensor, Tensor]]:
@@ -78,7 +79,7 @@ class LeanTrainer:
         step = self._step_plain if plain else self._stepper()
         sizes, losses = list[int](), list[Tensor]()
         for x, y in declared_batches(local, self._turn, epochs):
-            loss = self._loss(net.module(x), y)
+            loss = self._loss(net.module(net.arrange(x)), y)
             step(_gradients(loss, net.weights), drift)
             losses.append(loss.detach())
             sizes.append(len(x))
@@ -129,7 +130,7 @@ class LeanTrainer:
         total = torch.zeros_like(at) if backward else torch.zeros((), dtype=at.dtype)
         for x, y in zip(torch.split(shard.x, 1024), torch.split(shard.y, 1024), strict=True):
             with torch.set_grad_enabled(backward):
-                loss = self._loss(net.module(x.clone()), y)
+                loss = self._loss(net.module(net.arrange(x.clone())), y)
             if backward:
                 total += _joined(_gradients(loss, net.weights)) * (len(x) / len(shard))
             else:

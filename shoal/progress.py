@@ -201,6 +201,9 @@ class Json(Display):
             shards=o.shards,
         )
 
+    def planned(self, line: str) -> None:
+        self._print("measured", choice=line)
+
     def on_round(self, round: Round) -> None:
         self._print("round", round=round.number, **round.numbers)
 
@@ -218,6 +221,9 @@ class Silent(Display):
     """Nothing but failures, on standard error."""
 
     def starting(self, opening: Opening) -> None:
+        return
+
+    def planned(self, line: str) -> None:
         return
 
     def on_round(self, round: Round) -> None:

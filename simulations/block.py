@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from typing import Any
 
@@ -19,6 +20,7 @@ from shoal.client.losses import loss_named
 from shoal.client.net import Net
 from shoal.client.optimizers import clip_, optimizer_for
 from shoal.client.trainer import LeanTrainer, Turn
+from shoal.protos import seeds
 from shoal.simulations.capture import Draw, record
 from shoal.simulations.gathering import Examples
 from shoal.simulations.stacking import stack
@@ -88,14 +90,20 @@ def moves(lengths: Sequence[int], size: int, taken: list[int], limit: int | None
 class BlockTrainer:
     """Trains a block ``[K, P]``; see :class:`shoal.strategies.base.Trainer`.
 
-    ``seeds`` start each client's own stream of random masks; all turns are of one round.
+    ``seed`` is the run's: random masks come from a stream of each client's own. All turns are of one round.
     """
 
-    def __init__(self, programs: Programs, turns: Sequence[Turn], seeds: Sequence[int], carried: Carried) -> None:
+    def __init__(self, programs: Programs, turns: Sequence[Turn], seed: int, carried: Carried) -> None:
         self._programs, self._net, self._local = programs, programs.net, programs.local
-        self._turns, self._carried = turns, carried
+        self._turns, self._seed, self._carried = turns, seed, carried
         self._examples = Examples([turn.shard for turn in turns])
-        self._generators = [torch.Generator(self._net.flat.device).manual_seed(seed) for seed in seeds]
+
+    @cached_property
+    def _generators(self) -> list[torch.Generator]:
+        """Seeded as the lean engine seeds PyTorch's own."""
+        device, seed = self._net.flat.device, self._seed
+        keys = [seeds.integer(seed, "torch", turn.round, turn.client) for turn in self._turns]
+        return [torch.Generator(device).manual_seed(key) for key in keys]
 
     @torch.no_grad()
     def run(self, start: Tensor, *, drift: Drift | None = None, epochs: int | None = None) -> Update:

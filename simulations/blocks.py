@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any, Literal
 
 import torch
@@ -45,14 +44,12 @@ class Method:
 def blocks(shards: Mapping[int, Shard], size: int) -> list[list[int]]:
     """Which clients share a block: those of like examples, at most ``size``, evenly, the largest shards first."""
 
-    def form(k: int) -> Any:
-        shard = shards[k]
-        return str((shard.x.shape[1:], shard.x.dtype, shard.y.shape[1:], shard.y.dtype))
-
-    order = sorted(shards, key=lambda k: (form(k), -len(shards[k])))
+    forms = {k: (shard.x.shape[1:], shard.x.dtype, shard.y.shape[1:], shard.y.dtype) for k, shard in shards.items()}
+    groups: dict[Any, list[int]] = {}
+    for k in sorted(shards, key=lambda k: -len(shards[k])):
+        groups.setdefault(forms[k], []).append(k)
     found = []
-    for _, members in groupby(order, key=form):
-        alike = list(members)
+    for alike in groups.values():
         count = -(-len(alike) // size)
         ends = [len(alike) * (i + 1) // count for i in range(count)]
         found += [alike[start:end] for start, end in zip([0, *ends], ends, strict=False)]
@@ -75,8 +72,7 @@ class BlockParticipant:
             Turn(client, round, shard, seeds.stream(self._seed, "batches", round, client), lr)
             for client, shard in zip(clients, shards, strict=True)
         ]
-        draws = [seeds.integer(self._seed, "torch", round, client) for client in clients]
-        trainer = BlockTrainer(self._programs, turns, draws, carried)
+        trainer = BlockTrainer(self._programs, turns, self._seed, carried)
         return self._strategy.local(trainer, sent, self._before(sent, mine))
 
     def _before(self, sent: Sent, mine: Sequence[Mine | None]) -> Mine:

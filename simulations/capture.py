@@ -82,11 +82,13 @@ def record(net: Net, loss: Loss, x: Tensor, y: Tensor) -> Step:
         net.restore(buffers, counters)
     if not first.same_as(again):
         raise Unsuitable("the model does not do the same in each step")
+    if net.arrange(x) is not x and any(len(draw.shape) == 4 for draw in first.draws):
+        raise Unsuitable("it drops out of images, whose masks the lean engine draws with their channels last")
     return first
 
 
 @dataclass
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Watches all operations between the inputs and the gradients; tensors are known by identity."""
 
     net: Net
@@ -97,7 +99,7 @@ class _Recorder(TorchDispatchMode):
     draws: list[Draw] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:

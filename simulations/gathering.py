@@ -30,12 +30,13 @@ class Examples:
     def __init__(self, shards: Sequence[Shard]) -> None:
         self._sizes = [len(shard) for shard in shards]
         xs, ys = [shard.x for shard in shards], [shard.y for shard in shards]
-        found = _common(xs), _common(ys)
-        if found[0] is not None and found[1] is not None and found[0][1] == found[1][1]:
-            (self._x, first), (self._y, _) = found
+        x, y = _common(xs), _common(ys)
+        if x is not None and y is not None and x[1] == y[1]:
+            (self._x, first), (self._y, _) = x, y
         else:
             self._x, self._y, first = torch.cat(xs), torch.cat(ys), [0, *accumulate(self._sizes[:-1])]
         self._first = np.array(first)[:, None]
+        self._memory: dict[int, Tensor] = {}
 
     def orders(
         self, streams: Sequence[np.random.Generator], local: LocalTraining, taken: Sequence[int], limit: int | None
@@ -52,11 +53,18 @@ class Examples:
         return Orders(torch.from_numpy(rows + self._first), lengths)
 
     def take(self, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The examples of rows ``[k, b]`` as copies; features that are no whole numbers in ``dtype``."""
-        flat = rows.reshape(-1)
-        x = self._x.index_select(0, flat).view(*rows.shape, *self._x.shape[1:])
-        y = self._y.index_select(0, flat).view(*rows.shape, *self._y.shape[1:])
+        """The examples of rows ``[k, b]``, until the next are taken; features that are no whole numbers in ``dtype``.
+
+        They are copies in memory that is used again: fresh memory costs more than the copy.
+        """
+        x, y = (self._gathered(i, whole, rows) for i, whole in enumerate((self._x, self._y)))
         return x.to(dtype) if x.is_floating_point() else x, y
+
+    def _gathered(self, which: int, whole: Tensor, rows: Tensor) -> Tensor:
+        shape = rows.numel(), *whole.shape[1:]
+        if which not in self._memory or self._memory[which].shape != shape:
+            self._memory[which] = whole.new_empty(shape)
+        return torch.index_select(whole, 0, rows.reshape(-1), out=self._memory[which]).view(*rows.shape, *shape[1:])
 
 
 def _common(parts: Sequence[Tensor]) -> tuple[Tensor, list[int]] | None:

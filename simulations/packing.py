@@ -14,7 +14,7 @@ from torch import Tensor
 
 from shoal.simulations.shared import SharedBlock
 
-__all__ = ["pack", "unpack"]
+__all__ = ["by_value", "pack", "unpack"]
 
 SHARE_FROM = 65536  # bytes: below, a copy is cheaper than a mapping
 
@@ -46,7 +46,7 @@ def pack(assignment: object) -> tuple[bytes, SharedBlock]:
     """The assignment as bytes, and the block that holds its large tensors and must outlive all workers."""
     buffer = io.BytesIO()
     pickler = _ByValuePickler(buffer)
-    with _by_value():
+    with by_value():
         pickler.dump(assignment)
     block = SharedBlock.of(pickler.shared)
     return pickle.dumps(block) + buffer.getvalue(), block
@@ -59,7 +59,7 @@ def unpack(file: IO[bytes]) -> Any:
 
 
 @contextmanager
-def _by_value() -> Iterator[None]:
+def by_value() -> Iterator[None]:
     """Modules that another process could not import (a file given as ``my.py:Name``) travel with what they define."""
     tops = {name.partition(".")[0] for name in sys.modules}
     alone = [sys.modules[top] for top in tops if top in sys.modules and not _importable(top)]

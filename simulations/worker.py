@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from collections.abc import Callable
 
 from torch import Tensor
 
 from shoal.protos.errors import ExperimentError, ShoalError
 from shoal.simulations.crew import open_answers, read, write
-from shoal.simulations.engine import Engine
+from shoal.simulations.engine import Assignment, Engine
 from shoal.simulations.packing import unpack
 from shoal.simulations.pool import Order
 from shoal.strategies.base import State
 from shoal.strategies.sums import Carried
 
-__all__ = ["main"]
+__all__ = ["build", "main"]
 
 
 def main() -> None:
     """Build the engine, then answer orders until the other side is gone."""
     answers = open_answers()
-    engine = _engine(answers)
-    while engine is not None:
+    try:
+        engine = build(lambda: unpack(sys.stdin.buffer))
+    except EOFError:
+        return
+    write(answers, engine if isinstance(engine, ShoalError) else "ready")
+    while isinstance(engine, Engine):
         try:
             order: Order = read(sys.stdin.buffer)
         except EOFError:
@@ -30,19 +34,16 @@ def main() -> None:
         write(answers, engine.run(order.job, *_state(order), order.seconds))
 
 
-def _engine(answers: Any) -> Engine | None:
+def build(load: Callable[[], Assignment]) -> Engine | ShoalError:
+    """The engine for what is loaded, or why there can be none; EOFError if that never came."""
     try:
-        engine = Engine(unpack(sys.stdin.buffer))
-    except ShoalError as error:
-        write(answers, error)
-        return None
+        return Engine(load())
     except EOFError:
-        return None
+        raise
+    except ShoalError as error:
+        return error
     except Exception as error:
-        write(answers, ExperimentError(f"a worker process cannot load the experiment: {type(error).__name__}: {error}"))
-        return None
-    write(answers, "ready")
-    return engine
+        return ExperimentError(f"a worker process cannot load the experiment: {type(error).__name__}: {error}")
 
 
 def _state(order: Order) -> tuple[State, Carried]:

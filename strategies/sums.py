@@ -78,7 +78,7 @@ def _rows(value: Tensor | float, count: int) -> Sequence[Tensor | float]:
     """A block's term for each client: a column of numbers becomes numbers."""
     if not isinstance(value, Tensor):
         return [value] * count
-    return value.unbind() if value.shape[1] > 1 else value.squeeze(1).tolist()  # type: ignore[no-any-return]
+    return value.unbind() if value.shape[1] > 1 else value.squeeze(1).tolist()
 
 
 def carry(carried: Carried, total: Contribution) -> Carried:
