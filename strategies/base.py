@@ -20,14 +20,38 @@ from torch import Tensor
 from shoal.protos import messages
 from shoal.protos.messages import Spec
 
-__all__ = ["Context", "Drift", "LocalOptimizer", "Mine", "Sent", "State", "Strategy", "Terms", "Trainer", "Update"]
+__all__ = [
+    "Context",
+    "Drift",
+    "LocalOptimizer",
+    "Mine",
+    "Scaled",
+    "Sent",
+    "State",
+    "Strategy",
+    "Terms",
+    "Trainer",
+    "Update",
+    "number",
+    "vector",
+]
 
 Sent = messages.Sent[Tensor]
 Update = messages.Update[Tensor]
 State = Mapping[str, Tensor | float]  # the server's, between rounds
 Mine = Mapping[str, Tensor]  # a client's own, between its rounds
-Terms = Mapping[str, Tensor | float]  # what is summed over the cohort
 Drift = Tensor | Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A vector and the number it counts with: multiplied when it is added, so that no product is written to memory."""
+
+    vector: Tensor
+    by: Tensor | float
+
+
+Terms = Mapping[str, Tensor | float | Scaled]  # what is summed over the cohort; a sum has vectors and numbers only
 
 
 @dataclass(frozen=True)
@@ -129,8 +153,18 @@ def spec(tensor: Tensor) -> Spec:
 
 
 def vector(values: State | Terms, name: str) -> Tensor:
-    """A named vector of a state or a sum; TypeError if it is a number."""
+    """A named vector of a state, a contribution or a sum; TypeError if it is a number."""
     value = values[name]
+    if isinstance(value, Scaled):
+        return value.vector * value.by
     if not isinstance(value, Tensor):
         raise TypeError(f"{name!r} is the number {value!r}, not a vector")
     return value
+
+
+def number(values: State | Terms, name: str) -> float:
+    """A named number of a state or a sum; TypeError if it is a vector."""
+    value = values[name]
+    if isinstance(value, Scaled) or (isinstance(value, Tensor) and value.numel() != 1):
+        raise TypeError(f"{name!r} is a vector, not a number")
+    return float(value)

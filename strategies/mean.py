@@ -9,7 +9,7 @@ from typing import Literal, final
 from torch import Tensor
 
 from shoal.protos.errors import RoundError
-from shoal.strategies.base import Terms, Update, vector
+from shoal.strategies.base import Scaled, Terms, Update, number, vector
 
 __all__ = ["WeightedMean", "Weighting"]
 
@@ -30,12 +30,12 @@ class WeightedMean:
         """One client's terms of the two sums."""
         if self.weighting == "uniform":
             return {"delta": update.delta, "weight": 1.0}
-        return {"delta": update.delta * update.examples, "weight": update.examples}
+        return {"delta": Scaled(update.delta, update.examples), "weight": update.examples}
 
     @staticmethod
     def finish(total: Terms) -> Tensor:
         """The mean ``[P]``; RoundError if the weights sum to zero or less, or to no number."""
-        weight = float(total["weight"])
+        weight = number(total, "weight")
         if not (math.isfinite(weight) and weight > 0):
             raise RoundError(
                 f"the weights of the counted updates sum to {weight}; clients must report a positive number of "

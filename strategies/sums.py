@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from shoal.protos.errors import RoundError
-from shoal.strategies.base import Context, State, Strategy, Terms, Update
+from shoal.strategies.base import Context, Scaled, State, Strategy, Terms, Update
 
 __all__ = ["LEAF", "Carried", "Contribution", "LeafSum", "RunningSum", "add_up", "carry", "contribute", "contributions"]
 
 LEAF = 16
+Term = Tensor | float | Scaled
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,10 @@ def contributions(strategy: Strategy, state: State, update: Update, context: Con
     ]
 
 
-def _rows(value: Tensor | float, count: int) -> Sequence[Tensor | float]:
+def _rows(value: Term, count: int) -> Sequence[Term]:
     """A block's term for each client: a column of numbers becomes numbers."""
+    if isinstance(value, Scaled):
+        return [Scaled(*pair) for pair in zip(value.vector, _rows(value.by, count), strict=True)]  # type: ignore[arg-type]
     if not isinstance(value, Tensor):
         return [value] * count
     return value.unbind() if value.shape[1] > 1 else value.squeeze(1).tolist()
@@ -120,9 +123,14 @@ def add_up(parts: Iterable[Contribution]) -> Contribution | None:
 
 
 def _copied(part: Contribution) -> Contribution:
-    terms = {name: value.clone() if isinstance(value, Tensor) else value for name, value in part.terms.items()}
     buffers = None if part.buffers is None else part.buffers.clone()
-    return replace(part, terms=terms, buffers=buffers)
+    return replace(part, terms={name: _copy(value) for name, value in part.terms.items()}, buffers=buffers)
+
+
+def _copy(value: Term) -> Tensor | float:
+    if isinstance(value, Scaled):
+        return value.vector * value.by
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _plus(a: Contribution, b: Contribution) -> Contribution:
@@ -140,8 +148,11 @@ def _plus(a: Contribution, b: Contribution) -> Contribution:
     )
 
 
-def _added(a: Tensor | float, b: Tensor | float) -> Tensor | float:
-    return a.add_(b) if isinstance(a, Tensor) else a + b
+def _added(a: Term, b: Term) -> Term:
+    """In the memory of ``a``, if that is a vector."""
+    if isinstance(a, Tensor):
+        return a.add_(b.vector, alpha=float(b.by)) if isinstance(b, Scaled) else a.add_(b)
+    return a + b  # type: ignore[operator]  # numbers, as their first was
 
 
 class _Folded:

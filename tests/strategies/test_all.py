@@ -18,7 +18,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from shoal.protos.errors import RoundError
-from shoal.strategies.base import Context, Mine, Sent, State, Strategy, Terms, Update, vector
+from shoal.strategies.base import Context, Mine, Scaled, Sent, State, Strategy, Terms, Update, vector
 from shoal.strategies.sums import LeafSum, add_up, contribute
 
 Make = Callable[..., Any]
@@ -102,6 +102,10 @@ def begun(strategy: Strategy, clients: list[Any], simulate: Simulate) -> tuple[S
     return simulate(strategy, clients, 2)
 
 
+def multiplied(terms: Terms) -> Mapping[str, Tensor | float]:
+    return {name: vector(terms, name) if isinstance(term, Scaled) else term for name, term in terms.items()}
+
+
 def test_inputs_are_never_changed(strategy: Strategy, quadratics: Make, simulate: Simulate, bits: Bits) -> None:
     """Not the state, what was sent, the client's own, the update, nor the sum."""
     clients = quadratics(3)
@@ -123,12 +127,12 @@ def test_inputs_are_never_changed(strategy: Strategy, quadratics: Make, simulate
     before = seen()
     parts = [contribute(strategy, state, update, context) for update, _ in replies]
     assert seen() == before
-    watched += [part.terms for part in parts]
+    watched += [multiplied(part.terms) for part in parts]
     before = seen()
     total = add_up(parts)
     assert total is not None
-    watched += [total.terms]
-    before += [bits(total.terms)]
+    watched += [multiplied(total.terms)]
+    before += [bits(watched[-1])]
     strategy.finish(state, total.terms, replace(context, counted=3))
     strategy.init(vector(state, "parameters"))
     strategy.init_client(vector(state, "parameters"))
@@ -296,6 +300,7 @@ def test_terms_add_up(strategy: Strategy, quadratics: Make) -> None:
     state = strategy.init(start)
     update: Update = strategy.local(client, strategy.send(state), strategy.init_client(start))[0]
     terms: Terms = strategy.contribute(state, update, context)
-    for value in terms.values():
+    for name, term in terms.items():
+        value = vector(terms, name) if isinstance(term, Scaled) else term
         assert isinstance(value, Tensor | float | int)
         assert not isinstance(value, Tensor) or value.shape == start.shape

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from shoal.protos.errors import InvalidUpdate
-from shoal.strategies.base import Context, Mine, Sent, State, Strategy, Trainer, vector
+from shoal.strategies.base import Context, Mine, Scaled, Sent, State, Strategy, Terms, Trainer, vector
 from shoal.strategies.fedadagrad import FedAdagrad
 from shoal.strategies.fedadam import FedAdam
 from shoal.strategies.fedavg import FedAvg
@@ -199,6 +199,10 @@ def test_a_block_gives_the_bits_of_its_clients(
     assert [bits(own) for own in mine_one] == [bits(own) for own in mine_blocked]
 
 
+def multiplied(terms: Terms) -> Mapping[str, Tensor | float]:
+    return {name: vector(terms, name) if isinstance(term, Scaled) else term for name, term in terms.items()}
+
+
 @pytest.mark.parametrize("strategy", ALL, ids=str)
 def test_a_block_contributes_the_terms_of_its_clients(
     strategy: Strategy, quadratics: Make, block: Make, bits: Bits
@@ -209,8 +213,8 @@ def test_a_block_contributes_the_terms_of_its_clients(
     stacked = {name: torch.stack([own] * 5) for name, own in mine.items()}
     whole = strategy.contribute(state, strategy.local(block(clients), strategy.send(state), stacked)[0], context)
     for i, client in enumerate(clients):
-        one = strategy.contribute(state, strategy.local(client, strategy.send(state), mine)[0], context)
-        row = {n: v[i] if isinstance(v, Tensor) else v for n, v in whole.items()}
+        one = multiplied(strategy.contribute(state, strategy.local(client, strategy.send(state), mine)[0], context))
+        row = {n: v[i] if isinstance(v, Tensor) else v for n, v in multiplied(whole).items()}
         assert bits({n: torch.as_tensor(v).flatten() for n, v in one.items()}) == bits(
             {n: torch.as_tensor(v).to(torch.as_tensor(one[n]).dtype).flatten() for n, v in row.items()}
         )
