@@ -21,7 +21,7 @@ from torch import Tensor
 from shoal.client.process import answers_on, command, environment, fate
 from shoal.protos.errors import RunError, ShoalError
 
-__all__ = ["Crew", "Died", "open_answers", "read", "write"]
+__all__ = ["Crew", "Died", "PicklerOfTensors", "open_answers", "read", "write"]
 
 # --- both sides ------------------------------------------------------------------------------------------------------
 
@@ -30,7 +30,7 @@ def _reduce(tensor: Tensor) -> tuple[Any, ...]:
     return torch.from_numpy, (tensor.detach().numpy(),)
 
 
-class _Pickler(pickle.Pickler):
+class PicklerOfTensors(pickle.Pickler):
     """Tensors as arrays: torch's own pickling of a tensor costs more than training a small client."""
 
     dispatch_table = {Tensor: _reduce}  # noqa: RUF012  (pickle reads it from the class)
@@ -38,7 +38,7 @@ class _Pickler(pickle.Pickler):
 
 def write(file: IO[bytes], message: object) -> None:
     """One message between our own processes; never used with a peer."""
-    _Pickler(file, protocol=5).dump(message)
+    PicklerOfTensors(file, protocol=5).dump(message)
     file.flush()
 
 

@@ -9,9 +9,11 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
+from typing import Any, cast
 
 from torch import Tensor
 
+from shoal.simulations.answers import Answers
 from shoal.simulations.crew import Crew, Died
 from shoal.simulations.engine import Assignment, Job, Result
 from shoal.simulations.packing import pack
@@ -26,12 +28,13 @@ GRACE = 0.5  # seconds after the deadline: for the answer of a worker that kept 
 
 @dataclass(frozen=True)
 class Order:
-    """A job and where its state lies: vectors in shared memory, numbers in the message."""
+    """A job and where its state lies: vectors in shared memory, numbers in the message. ``answer`` is lent for sums."""
 
     job: Job
     block: SharedBlock
     numbers: dict[str, float]
     seconds: float | None = None
+    answer: SharedBlock | None = None
 
 
 class Pool:
@@ -40,6 +43,7 @@ class Pool:
     def __init__(self, assignment: Assignment, workers: int) -> None:
         packed, self._data = pack(assignment)
         self._block: SharedBlock | None = None
+        self._answers = Answers()
         try:
             self._crew = Crew("shoal.simulations.worker", packed, workers)
         except BaseException:
@@ -51,7 +55,7 @@ class Pool:
         """Each job's result as it comes. A worker busy well beyond the deadline is killed and replaced."""
         numbers = self._publish(state, carried)
         assert self._block is not None
-        waiting, running, overdue = deque(jobs), dict[Future[Result | Died], Job](), False
+        waiting, running, overdue = deque(jobs), dict[Future[Any], tuple[Job, SharedBlock | None]](), False
         try:
             while waiting or running:
                 while waiting and len(running) < self.workers:
@@ -59,17 +63,25 @@ class Pool:
                     if (left := job.left()) is not None and left <= 0:
                         yield job, Died("not begun before the deadline")
                         continue
-                    running[self._crew.submit(Order(job, self._block, numbers, job.left()))] = job
-                patience = _patience(running.values()) if not overdue else None
+                    lent = self._answers.lend()
+                    running[self._crew.submit(Order(job, self._block, numbers, job.left(), lent))] = job, lent
+                patience = _patience(job for job, _ in running.values()) if not overdue else None
                 done, _ = wait(running, timeout=patience, return_when=FIRST_COMPLETED)
                 if not done:
                     overdue = True  # once: what is running then is a replacement on its way
                     self._crew.kill_busy()
                 for future in done:
-                    yield running.pop(future), future.result()
+                    job, lent = running.pop(future)
+                    yield job, self._opened(future.result(), lent)
         except BaseException:
             self._crew.kill_busy()  # the caller has lost interest: nothing may linger on an old round
             raise
+
+    def _opened(self, answer: Any, lent: SharedBlock | None) -> Result | Died:
+        if isinstance(answer, Died):
+            self._answers.back(lent)
+            return answer
+        return cast(Result, self._answers.open(answer, lent))
 
     def _publish(self, state: State, carried: Carried) -> dict[str, float]:
         """Put the round's vectors where workers see them; the numbers are returned."""
@@ -84,6 +96,7 @@ class Pool:
     def close(self) -> None:
         self._crew.close()
         self._data.close()
+        self._answers.close()
         if self._block is not None:
             self._block.close()
             self._block = None

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from shoal.protos.errors import ExperimentError, ShoalError
+from shoal.simulations.answers import pack
 from shoal.simulations.crew import open_answers, read, write
 from shoal.simulations.engine import Assignment, Engine
 from shoal.simulations.packing import unpack
@@ -31,7 +32,7 @@ def main() -> None:
             order: Order = read(sys.stdin.buffer)
         except EOFError:
             return
-        write(answers, engine.run(order.job, *_state(order), order.seconds))
+        write(answers, pack(engine.run(order.job, *_state(order), order.seconds), order.answer))
 
 
 def build(load: Callable[[], Assignment]) -> Engine | ShoalError:
