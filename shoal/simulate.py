@@ -52,7 +52,8 @@ def _simulated(
         fleet = coordinator.fleet
         if method is not None or engine == "lean" or not isinstance(fleet, SimulatedFleet):
             return
-        found = plan(fleet, coordinator.ask(coordinator.point.round + 1), engine)
+        done = coordinator.point.round
+        found = plan(fleet, coordinator.ask(done + 1), engine, coordinator.plan.rounds - done)
         fleet.method = found.method
         folder.write("env.json", folder.read("env.json") | {"engine": found.method.engine, "plan": asdict(found)})
         show.planned(str(found))

@@ -120,7 +120,10 @@ class Actors:
         """RunError if there is no point in starting another one."""
         self._stillborn += 1
         if isinstance(error, self._ray.exceptions.RayTaskError) or self._stillborn > self._places():
-            raise RunError(f"an engine cannot start on the Ray cluster ({_reason(error)})") from error
+            raise RunError(
+                f"an engine cannot start on the Ray cluster ({_reason(error)}); its nodes need what this process has: "
+                f"Shoal, and the modules that the experiment imports"
+            ) from error
 
     def _lose(self, actor: _Actor, reason: str) -> Iterator[tuple[Job, Died]]:
         self._ray.kill(actor.handle)
@@ -172,5 +175,5 @@ def _reason(error: Exception) -> str:
     """Ray's many lines in some words."""
     if (cause := getattr(error, "cause", None)) is not None:
         return f"{type(cause).__name__}: {cause}"
-    before, because, after = str(error).partition(" because ")
-    return after.partition(".")[0] if because else before.partition("\n")[0]
+    last = str(error).strip().rpartition("\n")[2]
+    return last.rpartition(" because ")[2].partition(". ")[0].strip().rstrip(".")

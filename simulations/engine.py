@@ -25,7 +25,10 @@ from shoal.simulations.federated import FederatedData
 from shoal.strategies.base import Context, Mine, State, Strategy, Update
 from shoal.strategies.sums import LEAF, Carried, Contribution, RunningSum, contribute, contributions
 
-__all__ = ["Assignment", "Engine", "Job", "Result"]
+__all__ = ["LATE", "Assignment", "Engine", "Job", "Result"]
+
+
+LATE = "did not answer before the deadline"
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Job:
     """Some clients from ``position`` of the cohort on, with the state each had settled.
 
     ``train`` False means: evaluate them on their held-out examples. ``ends`` is the deadline on this process's
-    monotonic clock.
+    monotonic clock. Clients that are ``lost`` are not touched: they have failed, and how.
     """
 
     position: int
@@ -56,6 +59,7 @@ class Job:
     train: bool = True
     ends: float | None = None
     method: Method = Method()
+    lost: Mapping[str, str] = field(default_factory=dict)
 
     def left(self) -> float | None:
         """Seconds until the deadline, for a process whose clock may be another."""
@@ -132,6 +136,9 @@ class _Task:
         outcomes = dict[int, Outcome]()
         shards = dict[int, Shard]()
         for k, (client, _) in enumerate(self._clients):
+            if client in self._job.lost:
+                outcomes[k] = Failure(client, self._round, f"client {client!r} {self._job.lost[client]}")
+                continue
             try:
                 shards[k] = self._data.shard(client)
             except Exception as error:
@@ -143,7 +150,7 @@ class _Task:
     def _late(self, k: int) -> Failure | None:
         client = self._clients[k][0]
         late = self._ends is not None and time.monotonic() > self._ends
-        return Failure(client, self._round, f"client {client!r} did not answer before the deadline") if late else None
+        return Failure(client, self._round, f"client {client!r} {LATE}") if late else None
 
     def _alone(self, k: int) -> Outcome:
         """One client on the lean engine."""
@@ -194,25 +201,30 @@ class _Task:
 
 
 def _summed(position: int, clients: Sequence[str], outcomes: Iterable[Outcome]) -> tuple[list[Part], dict[str, Mine]]:
-    """Parts that the round's sum can take: of whole leaves, or of the beginning of one, else of single positions."""
+    """Parts that the round's sum can take: from the first position of a leaf on their sum, else single positions."""
     parts, staged = list[Part](), dict[str, Mine]()
-    sums, reports, failures = RunningSum(), list[Report](), list[Failure]()
-    first = position
-
-    def close(after: int) -> None:
-        nonlocal sums, reports, failures, first
-        if after > first:
-            parts.append(Part(first, sums.total, reports, failures))
-        sums, reports, failures, first = RunningSum(), [], [], after
-
+    first, sums, reports, failures = position, RunningSum(), list[Report](), list[Failure]()
     for at, (client, outcome) in enumerate(zip(clients, outcomes, strict=True), start=position):
-        if at % LEAF == 0 or first % LEAF:
-            close(at)
-        if isinstance(outcome, Failure):
+        if at % LEAF == 0 and at > first:
+            parts.append(Part(first, sums.total, reports, failures))
+            first, sums, reports, failures = at, RunningSum(), [], []
+        if isinstance(outcome, Trained):
+            staged[client] = outcome.mine
+        if first % LEAF:
+            parts.append(_single(at, outcome))
+            first = at + 1
+        elif isinstance(outcome, Trained):
+            sums.add(outcome.contribution)
+            reports.append(outcome.report)
+        else:
             failures.append(outcome)
-            continue
-        sums.add(outcome.contribution)
-        reports.append(outcome.report)
-        staged[client] = outcome.mine
-    close(position + len(clients))
+    if first < position + len(clients):
+        parts.append(Part(first, sums.total, reports, failures))
     return parts, staged
+
+
+def _single(at: int, outcome: Outcome) -> Part:
+    """As it was contributed: whoever adds it to a leaf that has begun must do so as an engine would."""
+    if isinstance(outcome, Failure):
+        return Part(at, None, (), [outcome])
+    return Part(at, outcome.contribution, [outcome.report])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -17,7 +18,7 @@ from shoal.protos.messages import Failure
 from shoal.server.fleet import Ask, Part, Report
 from shoal.simulations.blocks import Method
 from shoal.simulations.crew import Died
-from shoal.simulations.engine import Assignment, Engine, Job, Result
+from shoal.simulations.engine import LATE, Assignment, Engine, Job, Result
 from shoal.simulations.pool import Pool
 from shoal.strategies.base import Mine, State
 from shoal.strategies.sums import LEAF, Carried
@@ -143,20 +144,38 @@ class SimulatedFleet:
         self, ask: Ask, portions: Sequence[range], ends: float | None, train: bool = True, lost: int = 0
     ) -> Iterator[Part]:
         """``lost`` counts how often workers died with these clients: once is no proof against them."""
-        retry = list[range]()
+        again = list[range]()
         jobs = [self._job(ask, portion, ends, train) for portion in portions]
         for job, result in self.crew.run(jobs, ask.state, ask.carried):
-            positions = range(job.position, job.position + len(job.clients))
             if isinstance(result, Result):
                 self._staged.update(result.staged)
                 yield from result.parts
             elif (len(job.clients) > 1 or not lost) and (ends is None or time.monotonic() < ends):
-                # Once as it was, which gives the same bits; then one by one, so that only the culprit fails.
-                retry += [range(p, p + 1) for p in positions] if lost else [positions]
+                again.append(range(job.position, job.position + len(job.clients)))
             else:
                 yield _lost(job, result, ends)
-        if retry:
-            yield from self._run(ask, retry, ends, train, lost + 1)
+        if again and not lost:
+            yield from self._run(ask, again, ends, train, lost=1)  # as it was, which gives the same bits
+        elif again:
+            yield from self._without_culprits(ask, again, ends, train)
+
+    def _without_culprits(self, ask: Ask, portions: Sequence[range], ends: float | None, train: bool) -> Iterator[Part]:
+        """One by one, so that only those fail who bring a worker down."""
+        singles = [range(position, position + 1) for portion in portions for position in portion]
+        if self.method.engine == "lean" or not train:
+            yield from self._run(ask, singles, ends, train, lost=1)
+            return
+        # In blocks a client alone has other bits: found out who it is, the others are trained together again.
+        jobs = [self._job(ask, single, ends, train) for single in singles]
+        found = self.crew.run(jobs, ask.state, ask.carried)
+        culprits = {job.clients[0][0]: result for job, result in found if isinstance(result, Died)}
+        jobs = [replace(self._job(ask, portion, ends, train), lost=_why(culprits)) for portion in portions]
+        for job, result in self.crew.run(jobs, ask.state, ask.carried):
+            if isinstance(result, Result):
+                self._staged.update(result.staged)
+                yield from result.parts
+            else:
+                yield _lost(job, result, ends)
 
     def _job(self, ask: Ask, positions: range, ends: float | None, train: bool) -> Job:
         clients = [(ask.cohort[p], self._states.get(ask.cohort[p])) for p in positions]
@@ -187,6 +206,10 @@ def portions(count: int, size: int) -> list[range]:
 
 def _lost(job: Job, died: Died, ends: float | None) -> Part:
     late = ends is not None and time.monotonic() >= ends
-    why = "did not answer before the deadline" if late else f"brought its worker process down ({died.reason})"
+    why = LATE if late else _why({"": died})[""]
     failures = [Failure(name, job.context.round, f"client {name!r} {why}") for name, _ in job.clients]
     return Part(job.position, None, (), failures)
+
+
+def _why(lost: Mapping[str, Died]) -> dict[str, str]:
+    return {client: f"brought its worker process down ({died.reason})" for client, died in lost.items()}

@@ -17,7 +17,6 @@ from shoal.client.participant import Participant
 from shoal.protos.errors import ExperimentError, ShoalError
 from shoal.server.fleet import Ask
 from shoal.simulations.blocks import BlockParticipant, Engine, Method, row
-from shoal.simulations.crew import Died
 from shoal.simulations.engine import Assignment, Job, Result
 from shoal.simulations.fleet import LEAN, SimulatedFleet, one_thread, portions
 from shoal.strategies.base import Update, vector
@@ -29,7 +28,7 @@ BLOCKS = (8, 16, 32, 64, 128)  # beyond, a block gains less than its memory cost
 MEMORY = 2**27  # bytes of weights in one block
 CLOSE = {"float32": 1e-4, "float64": 1e-10}  # relative difference of one step from the lean engine's
 ENGINES: tuple[Engine, ...] = ("fused", "captured")
-PATIENCE = 2.0  # seconds after which no further candidate is begun
+PATIENCE, SHARE = 2.0, 0.2  # no candidate is begun after so many seconds, or this share of the run's time
 
 
 @dataclass(frozen=True)
@@ -44,30 +43,35 @@ class Plan:
     def __str__(self) -> str:
         """One line for people: ``fused K=64 × 2 workers, 9.1 µs/client-step; lean 61``."""
         where = f" × {self.workers} workers" if self.workers > 1 else ""
-        first = f"{self.method}{where}, {_micro(self.measured[str(self.method)])} µs/client-step"
+        cost = self.measured.get(str(self.method))
+        first = f"{self.method}{where}" + ("" if cost is None else f", {_micro(cost)} µs/client-step")
         engines = {name.partition(" ")[0] for name in self.measured} - {self.method.engine}
         best = {e: min(s for name, s in self.measured.items() if name.partition(" ")[0] == e) for e in engines}
         others = [f"{engine} {_micro(seconds)}" for engine, seconds in sorted(best.items())]
         return "; ".join([first, *others, *(f"{engine}: {reason}" for engine, reason in self.refused.items())])
 
 
-def plan(fleet: SimulatedFleet, ask: Ask, engine: str = "auto") -> Plan:
-    """The fastest of all engines, or the best way to use the one that is named.
+def plan(fleet: SimulatedFleet, ask: Ask, engine: str = "auto", rounds: int = 1) -> Plan:
+    """The fastest of all engines for a run of ``rounds``, or the best way to use the one that is named.
 
-    Results are not touched: what is trained here is thrown away. ExperimentError if the named engine is refused.
+    Results are not touched: what is trained here is thrown away. Measuring takes at most a fifth of the time that the
+    lean engine would need for the run. ExperimentError if the named engine is refused.
     """
-    measure, refused = _Measure(fleet, ask), dict[str, str]()
-    measure.try_(LEAN, 1)
+    refused: dict[str, str] = {name: reason for name in ENGINES if (reason := _unfit(fleet.assignment, ask, name)) is not None}
+    if engine == "auto" and len(refused) == len(ENGINES):
+        return Plan(LEAN, fleet.crew.workers, {}, refused)
+    measure = _Measure(fleet, ask, rounds)
     for name in ENGINES:
-        if engine not in ("auto", name):
+        if name in refused or engine not in ("auto", name) or not (engine == name or measure.worthwhile()):
             continue
         reason = refusal(fleet.assignment, ask, name)
         if reason is None:
             measure.blocks(name, vector(ask.state, "parameters"))
-        elif engine == "auto":
-            refused[name] = reason
         else:
-            raise ExperimentError(f"engine {name!r} cannot run this experiment: {reason}; use engine 'auto' or 'lean'")
+            refused[name] = reason
+    if engine in refused:
+        reason = refused[engine]
+        raise ExperimentError(f"engine {engine!r} cannot run this experiment: {reason}; use engine 'auto' or 'lean'")
     found = {method: s for method, s in measure.found.items() if engine in ("auto", method.engine)}
     best = min(found, key=lambda method: found[method])
     size = _job(len(ask.cohort), best, fleet.crew.workers)
@@ -78,53 +82,67 @@ def plan(fleet: SimulatedFleet, ask: Ask, engine: str = "auto") -> Plan:
 class _Measure:
     """Trains clients of the first cohort with one method after the other; ``found`` has seconds per client-step."""
 
-    def __init__(self, fleet: SimulatedFleet, ask: Ask) -> None:
-        self._crew, self._ask, self._ends = fleet.crew, ask, time.monotonic() + PATIENCE
+    def __init__(self, fleet: SimulatedFleet, ask: Ask, rounds: int) -> None:
+        self._crew, self._ask, began = fleet.crew, ask, time.monotonic()
         self.found: dict[Method, float] = {}
+        lean = self._train(LEAN, 1, tries=2)
+        run = lean * len(ask.cohort) * rounds / self._crew.workers if lean < float("inf") else 0.0
+        self._ends = began + min(PATIENCE, SHARE * run)
+        if self.worthwhile():
+            self._train(LEAN, 1)
 
-    def try_(self, method: Method, clients: int) -> float:
-        """With all workers busy, the slowest counts; of some tries, of which the first makes the programs, the best."""
-        names = [(client, None) for client in self._ask.cohort[:clients]]
-        job = Job(0, names, self._ask.context, method=replace(method, job=clients))
-        best, tries, began = float("inf"), 0, time.monotonic()
-        while tries < 2 or (tries < 10 and time.monotonic() - began < 0.1):
-            results = self._crew.run([job] * self._crew.workers, self._ask.state, self._ask.carried)
-            best, tries = min(best, max(_per_step(result) for _, result in results)), tries + 1
-            if time.monotonic() - began > 0.5:
-                break
-        self.found[method] = best
-        return best
+    def worthwhile(self) -> bool:
+        """Whether there is time for another candidate."""
+        return time.monotonic() < self._ends
 
     def blocks(self, engine: Engine, parameters: Tensor) -> None:
-        """Larger and larger blocks, as long as these gain."""
+        """Larger and larger blocks, as long as these gain and there is time."""
         most = min(-(-len(self._ask.cohort) // self._crew.workers), MEMORY // max(1, parameters.nbytes), BLOCKS[-1])
-        sizes, least = sorted({min(size, most) for size in BLOCKS}), self.found[LEAN]
-        for size in [size for size in sizes if size > 1]:
-            seconds = self.try_(Method(engine, size), size)
-            if seconds > 1.1 * least or time.monotonic() > self._ends:
+        least = self.found[LEAN]
+        for size in sorted({min(size, max(most, 1)) for size in BLOCKS}):
+            self._train(Method(engine, size), size)
+            seconds = self.found[Method(engine, size)]
+            if seconds > 1.1 * least or not self.worthwhile():
                 break
             least = min(least, seconds)
 
+    def _train(self, method: Method, clients: int, tries: int = 10) -> float:
+        """Seconds for a client, all workers being busy: the slowest's, of the best of some tries."""
+        names = [(client, None) for client in self._ask.cohort[:clients]]
+        job = Job(0, names, self._ask.context, method=replace(method, job=clients))
+        best, steps, began = float("inf"), 1.0, time.monotonic()
+        for tried in range(tries):  # the first makes the programs
+            results = [r for _, r in self._crew.run([job] * self._crew.workers, self._ask.state, self._ask.carried)]
+            done = [result for result in results if isinstance(result, Result)]
+            steps = sum(report.numbers["steps"] for part in done[0].parts for report in part.reports) if done else 0.0
+            if len(done) < len(results) or not steps:
+                break
+            best, spent = min(best, max(result.seconds for result in done)), time.monotonic() - began
+            if spent > 0.5 or (tried and spent > 0.1):
+                break
+        self.found[method] = best / steps if steps else float("inf")
+        return best / clients
 
-def _per_step(result: Result | Died) -> float:
-    steps = 0.0
-    if isinstance(result, Result):
-        steps = sum(report.numbers["steps"] for part in result.parts for report in part.reports)
-    return result.seconds / steps if isinstance(result, Result) and steps else float("inf")
+
+def _unfit(assignment: Assignment, ask: Ask, engine: Engine) -> str | None:
+    """Why an engine is not even to be tried."""
+    local = assignment.local
+    if assignment.client is not None:
+        return "clients train in a fit of their own"
+    if ask.deadline is not None:
+        return "there is a deadline, so clients must not wait for each other"
+    if engine == "fused" and (local.optimizer != "sgd" or local.momentum or local.clip is not None):
+        return "the optimizer is not plain SGD"
+    return None
 
 
 def refusal(assignment: Assignment, ask: Ask, engine: Engine) -> str | None:
     """Why these clients cannot be played in blocks; None if they can: then the first step is the lean engine's."""
-    local = assignment.local
-    if assignment.client is not None:
-        return "clients train in a fit of their own"
-    if engine == "fused" and (local.optimizer != "sgd" or local.momentum or local.clip is not None):
-        return "the optimizer is not plain SGD"
-    if ask.deadline is not None:
-        return "there is a deadline, so clients must not wait for each other"
+    if (reason := _unfit(assignment, ask, engine)) is not None:
+        return reason
     try:
         with one_thread():
-            return _differs(replace(assignment, local=replace(local, steps=1)), ask, engine)
+            return _differs(replace(assignment, local=replace(assignment.local, steps=1)), ask, engine)
     except ShoalError as error:
         return str(error)
     except Exception as error:  # of PyTorch, on a model that the lean engine trains
