@@ -29,7 +29,7 @@ Out = Annotated[Path, typer.Option("--out", help="Where run folders are made.")]
 def simulate(
     experiment: Annotated[Path, typer.Argument(help="An experiment file (TOML).")],
     overrides: Overrides = None,
-    engine: Annotated[str, typer.Option(help="auto or lean.")] = "auto",
+    engine: Annotated[str, typer.Option(help="auto, lean, captured, fused or ray.")] = "auto",
     workers: Annotated[
         int | None, typer.Option(help="Worker processes; 0: in this one.", show_default="one a core")
     ] = None,

@@ -18,13 +18,15 @@ from shoal.protos.errors import DataError, ExperimentError, RunError
 from shoal.protos.parameters import Parameters
 from shoal.server.checkpoints import Checkpoint
 from shoal.server.coordinator import Coordinator, Observer, Plan, start
-from shoal.server.fleet import Fleet
-from shoal.simulations.blocks import Method
+from shoal.server.fleet import Ask, Fleet
+from shoal.simulations.blocks import Engine, Method
 from shoal.simulations.datasets import Dataset
 from shoal.simulations.engine import Assignment
 from shoal.simulations.federated import ArrayData, FederatedData
 from shoal.simulations.fleet import SimulatedFleet
 from shoal.simulations.partitioners import describe
+from shoal.simulations.planner import refusal
+from shoal.strategies.base import Context
 
 __all__ = ["Composition"]
 
@@ -73,14 +75,29 @@ class Composition:
                 f"use the strategy of that run"
             )
 
-    def simulated(self, workers: int, method: Method) -> Fleet:
-        """The data's clients, played in worker processes or (0) in this one."""
+    @property
+    def assignment(self) -> Assignment:
+        """What plays the data's clients."""
         e = self.experiment
         assert self.data is not None, "checked by check_simulation"
-        assignment = Assignment(
-            self._make_model, self.data, e.strategy, e.local, e.seed, e.dtype, e.device, self._client
-        )
-        return SimulatedFleet(assignment, workers, method)
+        return Assignment(self._make_model, self.data, e.strategy, e.local, e.seed, e.dtype, e.device, self._client)
+
+    def simulated(self, workers: int, method: Method) -> Fleet:
+        """The data's clients, played in worker processes or (0) in this one."""
+        return SimulatedFleet(self.assignment, workers, method)
+
+    def check_engine(self, engine: Engine) -> None:
+        """ExperimentError if this engine cannot play the clients."""
+        if engine == "lean" or self.data is None:
+            return
+        point, some = self.start(), list(self.data.clients[:2])
+        context = Context(1, len(self.data.clients), len(some))
+        ask = Ask(some, len(some), point.state, point.carried, context, self.experiment.deadline)
+        reason = refusal(self.assignment, ask, engine)
+        if reason is not None:
+            raise ExperimentError(
+                f"engine {engine!r} cannot run this experiment: {reason}; use engine 'auto' or 'lean'"
+            )
 
     def coordinator(self, fleet: Fleet, point: Checkpoint, observers: Sequence[Observer]) -> Coordinator:
         """The loop of rounds from ``point`` on."""

@@ -6,24 +6,23 @@ import tomllib
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from shoal.client.process import cores
 from shoal.compose import Composition
 from shoal.execute import Execution, environment, versions
 from shoal.experiment import UNNAMED, Experiment
 from shoal.progress import Display, display
-from shoal.protos.errors import ExperimentError, RunError, nearest
+from shoal.protos.errors import ExperimentError, RunError
 from shoal.run import Run
 from shoal.server.coordinator import Coordinator
 from shoal.server.runs import RunFolder
-from shoal.simulations.blocks import Method
+from shoal.simulations.blocks import Engine, Method
 from shoal.simulations.fleet import LEAN, SimulatedFleet
 from shoal.simulations.planner import plan
 
 __all__ = ["resume", "simulate"]
 
-ENGINES = ("auto", "lean", "captured", "fused")
 MAY_CHANGE = frozenset({"rounds", "evaluation", "target", "checkpoint_every"})
 
 
@@ -31,16 +30,17 @@ def simulate(
     experiment: Experiment, *, engine: str, workers: int | None, progress: str, out: Path, path: Path | None = None
 ) -> Run:
     """Run an experiment from the start; see :meth:`shoal.Experiment.simulate`. ``path`` is a folder of its own."""
-    if engine not in ENGINES:
-        raise ExperimentError(f"there is no engine {engine!r}{nearest(engine, ENGINES)}")
+    method = None if engine == "auto" else Method.read(engine)
     number, show = _workers(experiment, workers), display(progress)
     composition = Composition(experiment)
     composition.check_simulation()
+    if engine != "auto":
+        composition.check_engine(cast(Engine, engine.partition(":")[0]))
     with closing(RunFolder.create(out, experiment.name) if path is None else RunFolder.make(path)) as folder:
         folder.claim()
         folder.write("experiment.toml", experiment.toml())
         folder.write("env.json", environment(composition, engine, number, _population(composition)))
-        return _simulated(composition, folder, number, show, engine).run(composition.start())
+        return _simulated(composition, folder, number, show, engine, method).run(composition.start())
 
 
 def _simulated(
@@ -50,12 +50,12 @@ def _simulated(
 
     def ready(coordinator: Coordinator) -> None:
         fleet = coordinator.fleet
-        if method is not None or engine == "lean" or not isinstance(fleet, SimulatedFleet):
+        if method is not None or not isinstance(fleet, SimulatedFleet):
             return
         done = coordinator.point.round
         found = plan(fleet, coordinator.ask(done + 1), engine, coordinator.plan.rounds - done)
         fleet.method = found.method
-        folder.write("env.json", folder.read("env.json") | {"engine": found.method.engine, "plan": asdict(found)})
+        folder.write("env.json", folder.read("env.json") | {"engine": str(found.method), "plan": asdict(found)})
         show.planned(str(found))
 
     return Execution(
@@ -115,9 +115,9 @@ def _again(
 
         return served(composition, folder, recorded, show)
     composition.check_simulation()
-    kept = recorded.get("plan")
-    method = Method(**kept["method"]) if kept else None
-    return nullcontext(_simulated(composition, folder, int(recorded["workers"]), show, recorded["engine"], method))
+    engine = str(recorded["engine"])
+    method = None if engine == "auto" else Method.read(engine)  # one that ended while it was being measured
+    return nullcontext(_simulated(composition, folder, int(recorded["workers"]), show, engine, method))
 
 
 def _kept_experiment(folder: RunFolder, kept: str) -> Experiment:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from shoal.client.local import LocalTraining
 from shoal.client.net import Net, to_numpy
 from shoal.client.trainer import Turn
 from shoal.protos import seeds
-from shoal.protos.errors import InvalidUpdate
+from shoal.protos.errors import ExperimentError, InvalidUpdate, nearest
 from shoal.protos.messages import check_update
 from shoal.simulations.block import BlockTrainer, Programs
 from shoal.strategies.base import Mine, Sent, Strategy, Update
@@ -28,17 +28,26 @@ Engine = Literal["lean", "captured", "fused"]
 
 @dataclass(frozen=True)
 class Method:
-    """How clients are played: by which ``engine``, in blocks of at most ``block``, in jobs of at most ``job`` clients.
+    """How clients are played: by which ``engine``, in blocks of at most ``block`` of them, a job each.
 
     The bits of a result depend on it, and on nothing else than what an experiment says.
     """
 
     engine: Engine = "lean"
     block: int = 1
-    job: int = 16
 
     def __str__(self) -> str:
-        return self.engine if self.engine == "lean" else f"{self.engine} K={self.block}"
+        return self.engine if self.engine == "lean" else f"{self.engine}:{self.block}"
+
+    @classmethod
+    def read(cls, text: str) -> Method | None:
+        """The inverse of ``str``; None for a block engine without its size. ExperimentError for anything else."""
+        engine, colon, size = text.partition(":")
+        if engine not in get_args(Engine) or (colon and (engine == "lean" or not size.isdecimal() or int(size) < 1)):
+            raise ExperimentError(
+                f"there is no engine {text!r}{nearest(engine, get_args(Engine))}; a block has a size as in 'fused:64'"
+            )
+        return cls(cast(Engine, engine), int(size or 1)) if colon or engine == "lean" else None
 
 
 def blocks(shards: Mapping[int, Shard], size: int) -> list[list[int]]:

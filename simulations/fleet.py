@@ -129,7 +129,7 @@ class SimulatedFleet:
         Under a deadline all go one by one: a client that hangs must not take others with it.
         """
         if self.method.engine != "lean":
-            return portions(count, self.method.job)
+            return portions(count, self.method.block)
         workers = self.crew.workers
         if deadline is not None:
             whole = 0

@@ -14,21 +14,21 @@ from torch import Tensor
 from shoal.client.data import Shard
 from shoal.client.net import Net, build_module
 from shoal.client.participant import Participant
-from shoal.protos.errors import ExperimentError, ShoalError
+from shoal.protos.errors import ShoalError
 from shoal.server.fleet import Ask
 from shoal.simulations.blocks import BlockParticipant, Engine, Method, row
 from shoal.simulations.engine import Assignment, Job, Result
 from shoal.simulations.fleet import LEAN, SimulatedFleet, one_thread, portions
 from shoal.strategies.base import Update, vector
-from shoal.strategies.sums import LEAF
 
 __all__ = ["Plan", "plan", "refusal"]
 
-BLOCKS = (8, 16, 32, 64, 128)  # beyond, a block gains less than its memory costs
+BLOCKS = (16, 32, 64, 128)  # beyond, a block gains less than its memory costs
 MEMORY = 2**27  # bytes of weights in one block
 CLOSE = {"float32": 1e-4, "float64": 1e-10}  # relative difference of one step from the lean engine's
 ENGINES: tuple[Engine, ...] = ("fused", "captured")
 PATIENCE, SHARE = 2.0, 0.2  # no candidate is begun after so many seconds, or this share of the run's time
+SHORT = 2.0  # seconds: a run that the lean engine does in less is not worth measuring
 
 
 @dataclass(frozen=True)
@@ -41,23 +41,24 @@ class Plan:
     refused: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        """One line for people: ``fused K=64 × 2 workers, 9.1 µs/client-step; lean 61``."""
+        """One line for people: ``fused:64 × 2 workers, 9.1 µs/client-step; lean 61``."""
         where = f" × {self.workers} workers" if self.workers > 1 else ""
         cost = self.measured.get(str(self.method))
         first = f"{self.method}{where}" + ("" if cost is None else f", {_micro(cost)} µs/client-step")
-        engines = {name.partition(" ")[0] for name in self.measured} - {self.method.engine}
-        best = {e: min(s for name, s in self.measured.items() if name.partition(" ")[0] == e) for e in engines}
+        engines = {name.partition(":")[0] for name in self.measured} - {self.method.engine}
+        best = {e: min(s for name, s in self.measured.items() if name.partition(":")[0] == e) for e in engines}
         others = [f"{engine} {_micro(seconds)}" for engine, seconds in sorted(best.items())]
         return "; ".join([first, *others, *(f"{engine}: {reason}" for engine, reason in self.refused.items())])
 
 
 def plan(fleet: SimulatedFleet, ask: Ask, engine: str = "auto", rounds: int = 1) -> Plan:
-    """The fastest of all engines for a run of ``rounds``, or the best way to use the one that is named.
+    """The fastest of all engines for a run of ``rounds``, or the best block for the one that is named and not refused.
 
     Results are not touched: what is trained here is thrown away. Measuring takes at most a fifth of the time that the
-    lean engine would need for the run. ExperimentError if the named engine is refused.
+    lean engine would need for the run.
     """
-    refused: dict[str, str] = {name: reason for name in ENGINES if (reason := _unfit(fleet.assignment, ask, name)) is not None}
+    unfit = {name: _unfit(fleet.assignment, ask, name) for name in ENGINES}
+    refused: dict[str, str] = {name: reason for name, reason in unfit.items() if reason is not None}
     if engine == "auto" and len(refused) == len(ENGINES):
         return Plan(LEAN, fleet.crew.workers, {}, refused)
     measure = _Measure(fleet, ask, rounds)
@@ -69,14 +70,11 @@ def plan(fleet: SimulatedFleet, ask: Ask, engine: str = "auto", rounds: int = 1)
             measure.blocks(name, vector(ask.state, "parameters"))
         else:
             refused[name] = reason
-    if engine in refused:
-        reason = refused[engine]
-        raise ExperimentError(f"engine {engine!r} cannot run this experiment: {reason}; use engine 'auto' or 'lean'")
     found = {method: s for method, s in measure.found.items() if engine in ("auto", method.engine)}
-    best = min(found, key=lambda method: found[method])
-    size = _job(len(ask.cohort), best, fleet.crew.workers)
+    workers = fleet.crew.workers
+    best = min(found, key=lambda method: found[method] * _longest(portions(len(ask.cohort), method.block), workers))
     measured = {str(method): seconds for method, seconds in measure.found.items()}
-    return Plan(replace(best, job=size), fleet.crew.workers, measured, refused)
+    return Plan(best, workers, measured, refused)
 
 
 class _Measure:
@@ -87,7 +85,7 @@ class _Measure:
         self.found: dict[Method, float] = {}
         lean = self._train(LEAN, 1, tries=2)
         run = lean * len(ask.cohort) * rounds / self._crew.workers if lean < float("inf") else 0.0
-        self._ends = began + min(PATIENCE, SHARE * run)
+        self._ends = began + min(PATIENCE, SHARE * run) * (run > SHORT)
         if self.worthwhile():
             self._train(LEAN, 1)
 
@@ -109,7 +107,7 @@ class _Measure:
     def _train(self, method: Method, clients: int, tries: int = 10) -> float:
         """Seconds for a client, all workers being busy: the slowest's, of the best of some tries."""
         names = [(client, None) for client in self._ask.cohort[:clients]]
-        job = Job(0, names, self._ask.context, method=replace(method, job=clients))
+        job = Job(0, names, self._ask.context, method=method)
         best, steps, began = float("inf"), 1.0, time.monotonic()
         for tried in range(tries):  # the first makes the programs
             results = [r for _, r in self._crew.run([job] * self._crew.workers, self._ask.state, self._ask.carried)]
@@ -179,15 +177,6 @@ def _pairs(a: Update, b: Update) -> Iterator[tuple[str, Tensor, Tensor]]:
         yield name, a.tensors[name].cpu(), b.tensors[name]
     if a.buffers is not None and b.buffers is not None:
         yield "buffers", a.buffers.cpu(), b.buffers
-
-
-def _job(cohort: int, method: Method, workers: int) -> int:
-    """How many clients go into a job: whole leaves, unless these would leave a worker idle for long."""
-    if method.engine == "lean":
-        return LEAF
-    leaves = -(-method.block // LEAF) * LEAF
-    even = -(-cohort // workers)
-    return leaves if _longest(portions(cohort, leaves), workers) <= 1.1 * even else even
 
 
 def _longest(jobs: Sequence[range], workers: int) -> int:
