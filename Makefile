@@ -6,7 +6,7 @@ DEMO := fedavg,fedprox:mu=0.1,fedadam:server_lr=0.01,scaffold
 PROTOC := -I shoal/protos=protos --python_out=.types --mypy_out=quiet:.types \
 	--grpc_python_out=.types --mypy_grpc_out=quiet:.types shoal/protos/fleet.proto
 
-.PHONY: help demo test check protos bench bench-service clean
+.PHONY: help demo test check protos bench bench-peers bench-service clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -40,9 +40,14 @@ protos: .venv/.dev ## generate the stubs of protos/fleet.proto
 bench-service: .venv/.dev ## measure the gRPC service beside a bare stream of chunks
 	$(BIN)/python benchmarks/service.py
 
-bench: .venv/.dev ## measure a round beside the plain loop and flwr's simulation
+bench: .venv/.dev ## measure a round beside the plain loop, the bare kernels and flwr's simulation
 	$(BIN)/pip install -q --disable-pip-version-check -e ".[bench]"
-	$(BIN)/python benchmarks/simulation.py
+	$(BIN)/python -m benchmarks.simulation --publish simulation
+
+bench-peers: .venv/.dev ## the same beside pfl, BlazeFL and FedJAX, in environments of their own
+	$(BIN)/python -m benchmarks.peers.environments
+	$(BIN)/python -m benchmarks.simulation --publish peers --only lr-tiny 2nn lenet pfl-cnn \
+		--contenders floor 'shoal-*' 'pfl-*' 'blazefl-*' 'fedjax-*'
 
 clean: ## remove the environment and everything generated
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache *.egg-info
