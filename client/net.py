@@ -196,7 +196,7 @@ class Net:
 
 
 def _channels_last(x: Tensor) -> Tensor:
-    """A copy; ``contiguous`` would leave images of one channel as they are, and convolutions would not take the hint."""
+    """A copy; ``contiguous`` leaves images of one channel as they are, and convolutions do not take the hint."""
     return torch.empty_like(x, memory_format=torch.channels_last).copy_(x)
 
 

@@ -16,7 +16,7 @@ from functools import lru_cache
 
 import numpy as np
 
-__all__ = ["integer", "stream"]
+__all__ = ["integer", "restart", "stream"]
 
 
 @lru_cache(maxsize=1024)
@@ -32,8 +32,24 @@ def _number(client: str) -> int:
 
 def stream(seed: int, purpose: str, round: int = 0, client: str = "") -> np.random.Generator:
     """The generator for one purpose (``"batches"``, ``"cohort"``, …), one round and one client."""
-    counter = np.array([0, 0, round, _number(client) if client else 0], dtype=np.uint64)
+    counter = _counter(round, client)
     return np.random.Generator(np.random.Philox(key=_key(seed, purpose), counter=counter))
+
+
+def restart(generator: np.random.Generator, seed: int, purpose: str, round: int = 0, client: str = "") -> None:
+    """Make a generator of :func:`stream`, which nobody needs any more, another name's stream: a tenth of the cost."""
+    generator.bit_generator.state = {
+        "bit_generator": "Philox",
+        "state": {"counter": _counter(round, client), "key": _key(seed, purpose)},
+        "buffer": np.zeros(4, dtype=np.uint64),
+        "buffer_pos": 4,  # nothing is left of what was drawn before
+        "has_uint32": 0,
+        "uinteger": 0,
+    }
+
+
+def _counter(round: int, client: str) -> np.ndarray:
+    return np.array([0, 0, round, _number(client) if client else 0], dtype=np.uint64)
 
 
 def integer(seed: int, purpose: str, round: int = 0, client: str = "") -> int:

@@ -208,7 +208,9 @@ def plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, float):
-        return int(value) if value.is_integer() and abs(value) < 2**53 else value if math.isfinite(value) else None
-    return value
+        return [_number(item) if type(item) is float else plain(item) for item in value]
+    return _number(value) if isinstance(value, float) else value
+
+
+def _number(value: float) -> float | int | None:
+    return int(value) if value.is_integer() and abs(value) < 2**53 else value if math.isfinite(value) else None

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any, Literal, cast, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -71,18 +73,24 @@ class BlockParticipant:
     def __init__(self, net: Net, strategy: Strategy, local: LocalTraining, seed: int, fuse: bool) -> None:
         self.net, self._strategy, self._local, self._seed = net, strategy, local, seed
         self._programs = Programs(net, local, fuse=fuse)
+        self._streams: list[np.random.Generator] = []
 
     def train(
         self, clients: Sequence[str], round: int, shards: Sequence[Shard], sent: Sent, carried: Carried, mine: Any
     ) -> tuple[Update, Mapping[str, Tensor]]:
         """The block's update and next states, with a leading axis of clients; what anything raises comes through."""
         lr = self._local.lr * self._local.lr_decay ** (round - 1)
-        turns = [
-            Turn(client, round, shard, seeds.stream(self._seed, "batches", round, client), lr)
-            for client, shard in zip(clients, shards, strict=True)
-        ]
+        streams = self._streams_of(clients, round)
+        turns = [Turn(*one, lr) for one in zip(clients, repeat(round), shards, streams, strict=False)]
         trainer = BlockTrainer(self._programs, turns, self._seed, carried)
         return self._strategy.local(trainer, sent, self._before(sent, mine))
+
+    def _streams_of(self, clients: Sequence[str], round: int) -> list[np.random.Generator]:
+        while len(self._streams) < len(clients):
+            self._streams.append(seeds.stream(0, "batches"))
+        for stream, client in zip(self._streams, clients, strict=False):
+            seeds.restart(stream, self._seed, "batches", round, client)
+        return self._streams
 
     def _before(self, sent: Sent, mine: Sequence[Mine | None]) -> Mine:
         """The clients' states, stacked."""

@@ -15,6 +15,8 @@ from shoal.protos.errors import ExperimentError, RunError
 __all__ = ["Session"]
 
 SECONDS = 5.0  # in which a cluster must answer
+# Processes that Ray starts beforehand cannot become actors with an environment of their own.
+NO_SPARE = {"prestart_worker_first_driver": False, "enable_worker_prestart": False}
 
 
 class Session:
@@ -68,7 +70,7 @@ def _check_same(ray: Any, address: str | None) -> None:
 def _start(ray: Any, cpus: int) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     with _loopback(ray):
-        _init(ray, address="local", num_cpus=cpus, include_dashboard=False)
+        _init(ray, address="local", num_cpus=cpus, include_dashboard=False, _system_config=NO_SPARE)
 
 
 def _connect(ray: Any, address: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -102,16 +102,40 @@ class RunningSum:
     """A sum from left to right, in memory of its own: what is added is neither changed nor kept."""
 
     def __init__(self) -> None:
-        self._total: Contribution | None = None
+        self._terms: dict[str, Term] | None = None
+        self._buffers: Tensor | None = None
+        self._counters: Tensor | None = None
+        self._examples, self._counted = 0.0, 0
 
     def add(self, part: Contribution) -> None:
         """KeyError if the parts of one round name different terms."""
-        self._total = _copied(part) if self._total is None else _plus(self._total, part)
+        if self._terms is None:
+            self._terms = {name: _copy(value) for name, value in part.terms.items()}
+            self._buffers = None if part.buffers is None else part.buffers.clone()
+            self._counters = part.counters
+        else:
+            _check_alike(self._terms, part.terms)
+            for name, value in self._terms.items():
+                self._terms[name] = _added(value, part.terms[name])
+            if (self._buffers is None) != (part.buffers is None) or (self._counters is None) != (part.counters is None):
+                raise KeyError("contributions of one round must all bring buffers and counters, or none")
+            if self._buffers is not None and part.buffers is not None:
+                self._buffers.add_(part.buffers)
+            if self._counters is not None and part.counters is not None:
+                self._counters = torch.maximum(self._counters, part.counters)
+        self._examples, self._counted = self._examples + part.examples, self._counted + part.counted
 
     @property
     def total(self) -> Contribution | None:
         """What has been added so far, not to be kept while more is added; None if nothing was."""
-        return self._total
+        if self._terms is None:
+            return None
+        return Contribution(self._terms, self._buffers, self._counters, self._examples, self._counted)
+
+
+def _check_alike(a: Terms, b: Terms) -> None:
+    if a.keys() != b.keys():
+        raise KeyError(f"contributions of one round name different terms: {sorted(a)} and {sorted(b)}")
 
 
 def add_up(parts: Iterable[Contribution]) -> Contribution | None:
@@ -122,30 +146,10 @@ def add_up(parts: Iterable[Contribution]) -> Contribution | None:
     return running.total
 
 
-def _copied(part: Contribution) -> Contribution:
-    buffers = None if part.buffers is None else part.buffers.clone()
-    return replace(part, terms={name: _copy(value) for name, value in part.terms.items()}, buffers=buffers)
-
-
 def _copy(value: Term) -> Tensor | float:
     if isinstance(value, Scaled):
         return value.vector * value.by
     return value.clone() if isinstance(value, Tensor) else value
-
-
-def _plus(a: Contribution, b: Contribution) -> Contribution:
-    """Their sum in the memory of ``a``."""
-    if a.terms.keys() != b.terms.keys():
-        raise KeyError(f"contributions of one round name different terms: {sorted(a.terms)} and {sorted(b.terms)}")
-    if (a.buffers is None) != (b.buffers is None) or (a.counters is None) != (b.counters is None):
-        raise KeyError("contributions of one round must all bring buffers and counters, or none")
-    return Contribution(
-        {name: _added(value, b.terms[name]) for name, value in a.terms.items()},
-        None if a.buffers is None or b.buffers is None else a.buffers.add_(b.buffers),
-        None if a.counters is None or b.counters is None else torch.maximum(a.counters, b.counters),
-        a.examples + b.examples,
-        a.counted + b.counted,
-    )
 
 
 def _added(a: Term, b: Term) -> Term:

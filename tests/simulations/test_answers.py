@@ -1,0 +1,72 @@
+"""Answers in memory that is lent: no bit is lost, and nothing is overwritten while somebody looks at it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from shoal.simulations.answers import Answers, pack
+
+
+@pytest.fixture
+def answers() -> Iterator[Answers]:
+    lending = Answers()
+    yield lending
+    lending.close()
+
+
+def draw(seed: int) -> dict[str, object]:
+    generator = torch.Generator().manual_seed(seed)
+    large, whole = torch.randn(3, 5000, generator=generator), torch.randint(0, 9, (9000,), generator=generator)
+    return {"large": large, "double": large.double().t(), "whole": whole, "small": torch.ones(3), "text": f"{seed}"}
+
+
+def same(a: dict[str, object], b: dict[str, object]) -> bool:
+    return a.keys() == b.keys() and all(
+        torch.equal(x, y) and x.dtype == y.dtype
+        if isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor)
+        else x == y
+        for x, y in zip(a.values(), b.values(), strict=True)
+    )
+
+
+def test_the_first_answer_goes_with_the_message_and_tells_how_much_memory_there_should_be(answers: Answers) -> None:
+    assert answers.lend() is None
+    message, wanted = pack(draw(0), None)
+    assert same(answers.open((message, wanted), None), draw(0))
+    lent = answers.lend()
+    assert lent is not None
+    message, _ = pack(draw(1), lent)
+    assert len(message) < 2000
+    assert same(answers.open((message, wanted), lent), draw(1))
+
+
+def test_memory_comes_back_when_the_last_tensor_is_gone_and_not_before(answers: Answers) -> None:
+    answers.open(pack(draw(0), None), None)
+    lent = answers.lend()
+    found = answers.open(pack(draw(1), lent), lent)
+    view = found["large"][1, 100:]
+    del found
+    assert answers.lend() is not lent
+    assert torch.equal(view, draw(1)["large"][1, 100:])  # type: ignore[index]
+    del view
+    assert answers.lend() is lent
+
+
+def test_an_answer_that_outgrows_its_memory_goes_with_the_message(answers: Answers) -> None:
+    answers.open(pack({"a": torch.ones(9000)}, None), None)
+    lent = answers.lend()
+    larger = {"a": torch.ones(9000), "b": torch.full((9000,), 2.0)}
+    assert same(answers.open(pack(larger, lent), lent), larger)
+    again = answers.lend()
+    assert again is not lent and again is not None
+    assert len(pack(larger, again)[0]) < 2000
+
+
+def test_memory_of_a_lost_worker_is_lent_again(answers: Answers) -> None:
+    answers.open(pack(draw(0), None), None)
+    lent = answers.lend()
+    answers.back(lent)
+    assert answers.lend() is lent
