@@ -70,8 +70,8 @@ def test_drawing_leaves_no_trace_in_the_next_stream() -> None:
 
 def test_a_restarted_generator_is_the_stream_of_its_new_name() -> None:
     """Whatever it drew before: half of a 64-bit word may be left over from 32-bit draws."""
-    generator = stream(0, "batches", 1, "a")
+    generator = seeds.stream(0, "batches", 1, "a")
     for draws in range(4):
         generator.integers(0, 2**32, draws, dtype=np.uint32)
-        restart(generator, 7, "batches", 5, "b")
-        assert generator.permutation(50).tolist() == stream(7, "batches", 5, "b").permutation(50).tolist()
+        seeds.restart(generator, 7, "batches", 5, "b")
+        assert generator.permutation(50).tolist() == seeds.stream(7, "batches", 5, "b").permutation(50).tolist()
