@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def draw(seed: int) -> dict[str, object]:
     return {"large": large, "double": large.double().t(), "whole": whole, "small": torch.ones(3), "text": f"{seed}"}
 
 
-def same(a: dict[str, object], b: dict[str, object]) -> bool:
+def same(a: Mapping[str, object], b: Mapping[str, object]) -> bool:
     def alike(x: object, y: object) -> bool:
         both = isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor)
         return torch.equal(x, y) and x.dtype == y.dtype if both else x == y  # type: ignore[arg-type, attr-defined]

@@ -27,7 +27,8 @@ class Recurrent(nn.Module):
         self.embed, self.core, self.head = nn.Embedding(11, 6), kind(6, 5, batch_first=True), nn.Linear(5, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.core(self.embed(x))[0][:, -1])
+        out: Tensor = self.head(self.core(self.embed(x))[0][:, -1])
+        return out
 
 
 class Attention(nn.Module):
@@ -38,7 +39,8 @@ class Attention(nn.Module):
         self.head = nn.Linear(8, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.core(self.embed(x)).mean(dim=1))
+        out: Tensor = self.head(self.core(self.embed(x)).mean(dim=1))
+        return out
 
 
 class Tied(nn.Module):
@@ -48,7 +50,8 @@ class Tied(nn.Module):
         self.frozen.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.frozen(self.a(torch.relu(self.a(x))))
+        out: Tensor = self.frozen(self.a(torch.relu(self.a(x))))
+        return out
 
 
 IMAGE, TOKENS = (2, 16, 16), (5,)
@@ -87,7 +90,7 @@ class Clients:
     def __init__(self, name: str, local: LocalTraining, lengths: list[int] = LENGTHS) -> None:
         make, shape = NETS[name]
         self.net, self.local = Net(build_module(make, 0, "float64")), local
-        self.carried = Carried(*(parameters_of(self.net.module).map(Tensor.clone).buffers,) * 1, self._counters())
+        self.carried = Carried(*self._carried())
         generator = torch.Generator().manual_seed(1)
 
         def shard(n: int) -> Shard:
@@ -98,8 +101,9 @@ class Clients:
         self.shards = [shard(n) for n in lengths]
         self.start = self.net.flat.clone()
 
-    def _counters(self) -> Tensor:
-        return parameters_of(self.net.module).counters
+    def _carried(self) -> tuple[Tensor, Tensor]:
+        values = parameters_of(self.net.module)
+        return values.buffers, values.counters
 
     def turns(self) -> list[Turn]:
         return [Turn(str(k), 3, s, seeds.stream(0, "batches", 3, str(k)), 0.1) for k, s in enumerate(self.shards)]
