@@ -149,6 +149,7 @@ class Live(Plain):
             TextColumn("left"),
             TimeRemainingColumn(),
             console=self.console,
+            refresh_per_second=2,  # drawing a line takes 3 ms, of a core that could train
         )
 
     def starting(self, opening: Opening) -> None:
@@ -168,10 +169,6 @@ class Live(Plain):
 
     def on_answers(self, round: int, answered: int, asked: int) -> None:
         self._bar.update(self._task, answers=f"{answered}/{asked} answered" if answered < asked else "")
-
-    def planned(self, line: str) -> None:
-        """How clients will be played, found by measuring."""
-        self.note(line)
 
     def waiting(self, present: int, needed: int) -> None:
         text = f"waiting for clients: {present} of {needed} are connected" if present < needed else "starting"
