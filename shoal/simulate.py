@@ -56,7 +56,8 @@ def _simulated(
         found = plan(fleet, coordinator.ask(done + 1), engine, coordinator.plan.rounds - done)
         fleet.method = found.method
         folder.write("env.json", folder.read("env.json") | {"engine": str(found.method), "plan": asdict(found)})
-        show.planned(str(found))
+        if found.measured:
+            show.planned(str(found))
 
     return Execution(
         composition,

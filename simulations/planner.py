@@ -62,6 +62,8 @@ def plan(fleet: SimulatedFleet, ask: Ask, engine: str = "auto", rounds: int = 1)
     if engine == "auto" and len(refused) == len(ENGINES):
         return Plan(LEAN, fleet.crew.workers, {}, refused)
     measure = _Measure(fleet, ask, rounds)
+    if engine == "auto" and not measure.worthwhile():
+        return Plan(LEAN, fleet.crew.workers)
     for name in ENGINES:
         if name in refused or engine not in ("auto", name) or not (engine == name or measure.worthwhile()):
             continue

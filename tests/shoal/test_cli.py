@@ -288,7 +288,9 @@ def test_strategies_are_listed_with_their_sources(shoal: Shoal) -> None:
             ["tiny.toml", "strategy=mine.py:Nan"],
             r"holds nan in its delta in tensor '1\.weight': training diverged; lower local\.lr",
         ),
-        (["tiny.toml", "--engine", "captured"], r"there is no engine 'captured'"),
+        (["tiny.toml", "--engine", "captrued"], r"there is no engine 'captrued' \(did you mean 'captured'\?\)"),
+        (["tiny.toml", "--engine", "fused:0"], r"a block has a size as in 'fused:64'"),
+        (["tiny.toml", "--engine", "fused", "local.momentum=0.9"], r"engine 'fused' .* the optimizer is not plain SGD"),
         (["tiny.toml", "--workers", "-1"], r"workers is -1"),
     ],
     ids=lambda value: " ".join(value[1:] or value) if isinstance(value, list) else "",
@@ -380,10 +382,12 @@ def test_usage_errors_are_exit_code_2(shoal: Shoal) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_saves_and_resume_ends_with_the_same_bits(shoal: Shoal, tmp_path: Path, number: int) -> None:
+@pytest.mark.parametrize(("number", "engine"), [(signal.SIGINT, "lean"), (signal.SIGTERM, "fused:4")])
+def test_an_interrupt_saves_and_resume_ends_with_the_same_bits(
+    shoal: Shoal, tmp_path: Path, number: int, engine: str
+) -> None:
     """A real process, interrupted in a round; the resumed run ends as an undisturbed one, client states included."""
-    many = ("rounds=40", "strategy=scaffold", "checkpoint_every=0")
+    many = ("rounds=40", "strategy=scaffold", "checkpoint_every=0", "--engine", engine)
     shoal("simulate", "tiny.toml", *many, "--workers", "0", "--out", "whole")
     command = [sys.executable, "-c", "from shoal.cli import main; main()", "simulate", "tiny.toml", "--json"]
     process = subprocess.Popen(
