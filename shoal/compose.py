@@ -19,7 +19,7 @@ from shoal.protos.parameters import Parameters
 from shoal.server.checkpoints import Checkpoint
 from shoal.server.coordinator import Coordinator, Observer, Plan, start
 from shoal.server.fleet import Ask, Fleet
-from shoal.simulations.blocks import Engine, Method
+from shoal.simulations.blocks import EngineName, Method
 from shoal.simulations.datasets import Dataset
 from shoal.simulations.engine import Assignment
 from shoal.simulations.federated import ArrayData, FederatedData
@@ -86,7 +86,7 @@ class Composition:
         """The data's clients, played in worker processes or (0) in this one."""
         return SimulatedFleet(self.assignment, workers, method)
 
-    def check_engine(self, engine: Engine) -> None:
+    def check_engine(self, engine: EngineName) -> None:
         """ExperimentError if this engine cannot play the clients."""
         if engine == "lean" or self.data is None:
             return

@@ -17,7 +17,7 @@ from shoal.protos.errors import ExperimentError, RunError
 from shoal.run import Run
 from shoal.server.coordinator import Coordinator
 from shoal.server.runs import RunFolder
-from shoal.simulations.blocks import Engine, Method
+from shoal.simulations.blocks import EngineName, Method
 from shoal.simulations.fleet import LEAN, SimulatedFleet
 from shoal.simulations.planner import plan
 
@@ -35,7 +35,7 @@ def simulate(
     composition = Composition(experiment)
     composition.check_simulation()
     if engine != "auto":
-        composition.check_engine(cast(Engine, engine.partition(":")[0]))
+        composition.check_engine(cast(EngineName, engine.partition(":")[0]))
     with closing(RunFolder.create(out, experiment.name) if path is None else RunFolder.make(path)) as folder:
         folder.claim()
         folder.write("experiment.toml", experiment.toml())

@@ -22,10 +22,10 @@ from shoal.simulations.block import BlockTrainer, Programs
 from shoal.strategies.base import Mine, Sent, Strategy, Update
 from shoal.strategies.sums import Carried
 
-__all__ = ["BlockParticipant", "Engine", "Method", "blocks", "columns", "row"]
+__all__ = ["BlockParticipant", "EngineName", "Method", "blocks", "columns", "row"]
 
 
-Engine = Literal["lean", "captured", "fused"]
+EngineName = Literal["lean", "captured", "fused"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Method:
     The bits of a result depend on it, and on nothing else than what an experiment says.
     """
 
-    engine: Engine = "lean"
+    engine: EngineName = "lean"
     block: int = 1
 
     def __str__(self) -> str:
@@ -45,11 +45,11 @@ class Method:
     def read(cls, text: str) -> Method | None:
         """The inverse of ``str``; None for a block engine without its size. ExperimentError for anything else."""
         engine, colon, size = text.partition(":")
-        if engine not in get_args(Engine) or (colon and (engine == "lean" or not size.isdecimal() or int(size) < 1)):
+        if engine not in get_args(EngineName) or (colon and (engine == "lean" or not size.isdecimal() or int(size) < 1)):
             raise ExperimentError(
-                f"there is no engine {text!r}{nearest(engine, get_args(Engine))}; a block has a size as in 'fused:64'"
+                f"there is no engine {text!r}{nearest(engine, get_args(EngineName))}; a block has a size as in 'fused:64'"
             )
-        return cls(cast(Engine, engine), int(size or 1)) if colon or engine == "lean" else None
+        return cls(cast(EngineName, engine), int(size or 1)) if colon or engine == "lean" else None
 
 
 def blocks(shards: Mapping[int, Shard], size: int) -> list[list[int]]:

@@ -16,7 +16,7 @@ from shoal.client.net import Net, build_module
 from shoal.client.participant import Participant
 from shoal.protos.errors import ShoalError
 from shoal.server.fleet import Ask
-from shoal.simulations.blocks import BlockParticipant, Engine, Method, row
+from shoal.simulations.blocks import BlockParticipant, EngineName, Method, row
 from shoal.simulations.engine import Assignment, Job, Result
 from shoal.simulations.fleet import LEAN, SimulatedFleet, one_thread, portions
 from shoal.strategies.base import Update, vector
@@ -26,7 +26,7 @@ __all__ = ["Plan", "plan", "refusal"]
 BLOCKS = (16, 32, 64, 128)  # beyond, a block gains less than its memory costs
 MEMORY = 2**27  # bytes of weights in one block
 CLOSE = {"float32": 1e-4, "float64": 1e-10}  # relative difference of one step from the lean engine's
-ENGINES: tuple[Engine, ...] = ("fused", "captured")
+ENGINES: tuple[EngineName, ...] = ("fused", "captured")
 PATIENCE, SHARE = 2.0, 0.2  # no candidate is begun after so many seconds, or this share of the run's time
 SHORT = 2.0  # seconds: a run that the lean engine does in less is not worth measuring
 
@@ -95,7 +95,7 @@ class _Measure:
         """Whether there is time for another candidate."""
         return time.monotonic() < self._ends
 
-    def blocks(self, engine: Engine, parameters: Tensor) -> None:
+    def blocks(self, engine: EngineName, parameters: Tensor) -> None:
         """Larger and larger blocks, as long as these gain and there is time."""
         most = min(-(-len(self._ask.cohort) // self._crew.workers), MEMORY // max(1, parameters.nbytes), BLOCKS[-1])
         least = self.found[LEAN]
@@ -124,7 +124,7 @@ class _Measure:
         return best / clients
 
 
-def _unfit(assignment: Assignment, ask: Ask, engine: Engine) -> str | None:
+def _unfit(assignment: Assignment, ask: Ask, engine: EngineName) -> str | None:
     """Why an engine is not even to be tried."""
     local = assignment.local
     if assignment.client is not None:
@@ -136,7 +136,7 @@ def _unfit(assignment: Assignment, ask: Ask, engine: Engine) -> str | None:
     return None
 
 
-def refusal(assignment: Assignment, ask: Ask, engine: Engine) -> str | None:
+def refusal(assignment: Assignment, ask: Ask, engine: EngineName) -> str | None:
     """Why these clients cannot be played in blocks; None if they can: then the first step is the lean engine's."""
     if (reason := _unfit(assignment, ask, engine)) is not None:
         return reason
@@ -149,7 +149,7 @@ def refusal(assignment: Assignment, ask: Ask, engine: Engine) -> str | None:
         return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
-def _differs(a: Assignment, ask: Ask, engine: Engine) -> str | None:
+def _differs(a: Assignment, ask: Ask, engine: EngineName) -> str | None:
     """Two clients by either engine; what the lean engine cannot do either is not held against this one."""
     net, round = Net(build_module(a.make_model, a.seed, a.dtype), a.device), ask.context.round
     lean = Participant(net, a.strategy, a.local, a.seed)
