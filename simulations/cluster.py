@@ -21,7 +21,7 @@ from shoal.strategies.sums import Carried
 
 __all__ = ["Cluster"]
 
-PATIENCE = 60.0  # seconds: for a CPU that another job of the cluster holds, or a node that is starting
+PATIENCE = 120.0  # seconds: for a CPU that another job of the cluster holds, or a node that is starting
 
 
 class Cluster:
