@@ -45,9 +45,10 @@ class Method:
     def read(cls, text: str) -> Method | None:
         """The inverse of ``str``; None for a block engine without its size. ExperimentError for anything else."""
         engine, colon, size = text.partition(":")
-        if engine not in get_args(EngineName) or (colon and (engine == "lean" or not size.isdecimal() or int(size) < 1)):
+        known = get_args(EngineName)
+        if engine not in known or (colon and (engine == "lean" or not size.isdecimal() or int(size) < 1)):
             raise ExperimentError(
-                f"there is no engine {text!r}{nearest(engine, get_args(EngineName))}; a block has a size as in 'fused:64'"
+                f"there is no engine {text!r}{nearest(engine, known)}; a block has a size as in 'fused:64'"
             )
         return cls(cast(EngineName, engine), int(size or 1)) if colon or engine == "lean" else None
 
