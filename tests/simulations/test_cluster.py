@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-import re
 import signal
-import sys
 import threading
 import time
 import warnings
@@ -30,14 +28,11 @@ from shoal.compose import Composition
 from shoal.protos.errors import ExperimentError, RunError
 from shoal.protos.messages import Failure
 from shoal.server.checkpoints import Checkpoint
-from shoal.server.coordinator import Round
 from shoal.simulations.cluster import Cluster
 from shoal.simulations.crew import Died
 from shoal.simulations.engine import Assignment, Job, Result
 from shoal.simulations.federated import ArrayData
 from shoal.simulations.fleet import Engines, SimulatedFleet
-from shoal.simulations.parcels import unwrap, wrap
-from shoal.simulations.player import Player, versions
 from shoal.simulations.pool import Pool
 from shoal.simulations.session import NO_SPARE
 from shoal.strategies.base import Context
@@ -45,6 +40,7 @@ from shoal.strategies.base import Context
 # Ray leaves pipes and processes to the garbage collector.
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::ResourceWarning")]
 
+HERE = os.getpid()
 N = 36  # clients: two whole leaves for two workers, and four single ones
 NODE = {"node_ip_address": "127.0.0.1", "include_dashboard": False, "include_log_monitor": False}
 SOON = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 200, "health_check_failure_threshold": 3}
@@ -71,19 +67,16 @@ class Struck(Client):
         if work.client == self.raises:
             raise ValueError("my data is cursed")
         if work.round == 2 and not self.said.exists():
-            self.said.with_suffix(f".{os.getpid()}").write_text(f"{os.getpid()} {ray_node()}")
+            whole = self.said.with_suffix(f".{os.getpid()}")
+            whole.write_text(f"{os.getpid()} {ray.get_runtime_context().get_node_id()}")
             try:
-                os.link(self.said.with_suffix(f".{os.getpid()}"), self.said)
+                os.link(whole, self.said)
             except FileExistsError:
                 pass
             else:
                 signal.pause()
         loss = nn.functional.cross_entropy(work.model(work.data.x), work.data.y)
         work.step(loss, torch.optim.SGD(work.model.parameters(), lr=0.1))
-
-
-def ray_node() -> str:
-    return str(ray.get_runtime_context().get_node_id())
 
 
 @dataclass
@@ -95,14 +88,10 @@ class Watch:
     def on_failure(self, failure: Failure) -> None:
         self.failures.append((failure.round, failure.client, failure.reason))
 
-    def on_round(self, round: Round) -> None:
+    def on_round(self, *_: Any, **__: Any) -> None:
         return
 
-    def on_answers(self, round: int, answered: int, asked: int) -> None:
-        return
-
-    def on_checkpoint(self, checkpoint: Checkpoint) -> None:
-        return
+    on_answers = on_checkpoint = on_round
 
 
 def assignment(strategy: Strategy, client: Client | None = None, make: Callable[[], nn.Module] = model) -> Assignment:
@@ -268,10 +257,8 @@ def test_a_cluster_without_room(nodes: Nodes) -> None:
 
 
 def test_what_cannot_be_loaded_is_said_at_once(nodes: Nodes) -> None:
-    here = os.getpid()
-
     def here_only() -> nn.Module:
-        if os.getpid() != here:
+        if os.getpid() != HERE:
             raise OSError("no such weights")
         return model()
 
@@ -280,10 +267,8 @@ def test_what_cannot_be_loaded_is_said_at_once(nodes: Nodes) -> None:
 
 
 def test_engines_that_die_at_once(nodes: Nodes) -> None:
-    here = os.getpid()
-
     def deadly() -> nn.Module:
-        if os.getpid() != here:
+        if os.getpid() != HERE:
             os._exit(3)
         return model()
 
@@ -312,29 +297,3 @@ def test_alone_on_this_machine(tmp_path: Path, undisturbed: dict[str, bytes]) ->
     assert addresses and addresses <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
     wait_until(lambda: not any(map(alive, started)))
     assert not ray.is_initialized()
-
-
-def test_ray_is_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "ray", None)  # as if it were not installed
-    with pytest.raises(ExperimentError, match=r"needs Ray, which is not installed; pip install 'shoal\[ray\]'"):
-        Cluster(assignment(FedAvg()))
-
-
-@pytest.mark.parametrize("address", ["127.0.0.1:1", "nonsense", "ray://127.0.0.1:10001"])
-def test_an_address_without_a_cluster(address: str) -> None:
-    with pytest.raises(RunError, match=f"cannot use a Ray cluster at '{address}' .*start one with 'ray start --head'"):
-        Cluster(assignment(FedAvg()), address=address)
-
-
-def test_what_a_cluster_cannot_do() -> None:
-    with pytest.raises(ExperimentError, match="workers is 0; on a Ray cluster it must be 1 or more"):
-        Cluster(assignment(FedAvg()), 0)
-    with pytest.raises(ExperimentError, match="device is 'cuda', but the engine 'ray' has CPUs only"):
-        Cluster(replace(assignment(FedAvg()), device="cuda"))
-
-
-def test_a_node_with_another_torch() -> None:
-    answer = Player().load(wrap(assignment(FedAvg())), versions() | {"torch": "1.0"})
-
-    assert isinstance(error := unwrap(answer), RunError)
-    assert re.search(r"a node of the Ray cluster has torch 2.*, this process has 1\.0; install the same", str(error))
