@@ -30,7 +30,7 @@ EngineName = Literal["lean", "captured", "fused"]
 
 @dataclass(frozen=True)
 class Method:
-    """How clients are played: by which ``engine``, in blocks of at most ``block`` of them, a job each.
+    """How clients are played: by which ``engine``, in blocks of at most ``block`` of them.
 
     The bits of a result depend on it, and on nothing else than what an experiment says.
     """

@@ -195,11 +195,11 @@ class SimulatedFleet:
         self.crew.close()
 
 
-def portions(count: int, size: int) -> list[range]:
-    """The cohort in even pieces of about ``size`` clients, of whole leaves if ``size`` is a number of leaves."""
-    unit = LEAF if size % LEAF == 0 and count > size else 1
-    units = -(-count // unit)
-    pieces = -(-count // size)
+def portions(count: int, block: int) -> list[range]:
+    """The cohort in even jobs of about a block each, of whole leaves where blocks and leaves divide each other."""
+    leaves = count > 2 * LEAF and (block % LEAF == 0 or LEAF % block == 0)
+    unit, size = (LEAF, max(LEAF, block)) if leaves else (1, block)
+    units, pieces = -(-count // unit), -(-count // size)
     ends = [units * (i + 1) // pieces for i in range(pieces)]
     return [range(count)[unit * start : unit * end] for start, end in zip([0, *ends], ends, strict=False)]
 

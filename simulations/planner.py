@@ -23,7 +23,7 @@ from shoal.strategies.base import Update, vector
 
 __all__ = ["Plan", "plan", "refusal"]
 
-BLOCKS = (16, 32, 64, 128)  # beyond, a block gains less than its memory costs
+BLOCKS = (2, 4, 8, 16, 32, 64, 128)  # beyond, a block gains less than its memory costs
 MEMORY = 2**27  # bytes of weights in one block
 CLOSE = {"float32": 1e-4, "float64": 1e-10}  # relative difference of one step from the lean engine's
 ENGINES: tuple[EngineName, ...] = ("fused", "captured")
