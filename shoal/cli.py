@@ -29,9 +29,12 @@ Out = Annotated[Path, typer.Option("--out", help="Where run folders are made.")]
 def simulate(
     experiment: Annotated[Path, typer.Argument(help="An experiment file (TOML).")],
     overrides: Overrides = None,
-    engine: Annotated[str, typer.Option(help="auto, lean, captured, fused or ray.")] = "auto",
+    engine: Annotated[str, typer.Option(help="auto, lean, captured, fused (or fused:64), ray.")] = "auto",
     workers: Annotated[
         int | None, typer.Option(help="Worker processes; 0: in this one.", show_default="one a core")
+    ] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="A Ray cluster: auto or HOST:PORT.", show_default="none")
     ] = None,
     out: Out = Path("runs"),
     as_json: AsJson = False,
@@ -40,7 +43,8 @@ def simulate(
     from shoal.experiment import Experiment
 
     loaded = Experiment.from_file(experiment, overrides or [])
-    run = loaded.simulate(engine=engine, workers=workers, out=out, progress="json" if as_json else "auto")
+    shown = "json" if as_json else "auto"
+    run = loaded.simulate(engine=engine, workers=workers, ray_address=ray_address, out=out, progress=shown)
     raise typer.Exit(0 if run.status == "finished" else 130)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from shoal.server.checkpoints import Checkpoint
 from shoal.server.coordinator import Coordinator, Observer, Plan, start
 from shoal.server.fleet import Ask, Fleet
 from shoal.simulations.blocks import EngineName, Method
+from shoal.simulations.cluster import Cluster
 from shoal.simulations.datasets import Dataset
 from shoal.simulations.engine import Assignment
 from shoal.simulations.federated import ArrayData, FederatedData
@@ -28,7 +30,24 @@ from shoal.simulations.partitioners import describe
 from shoal.simulations.planner import refusal
 from shoal.strategies.base import Context
 
-__all__ = ["Composition"]
+__all__ = ["Composition", "Place"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where simulated clients live: in ``workers`` processes here (0: in this one), or in so many actors on Ray.
+
+    On Ray None means: one for each CPU. ``address`` is that of the cluster; None starts one here.
+    """
+
+    workers: int | None
+    on_ray: bool = False
+    address: str | None = None
+
+    def __str__(self) -> str:
+        if self.on_ray:
+            return f"on Ray at {self.address}" if self.address else "on a Ray of its own"
+        return f"× {self.workers} workers" if self.workers else "in this process"
 
 
 class Composition:
@@ -82,9 +101,12 @@ class Composition:
         assert self.data is not None, "checked by check_simulation"
         return Assignment(self._make_model, self.data, e.strategy, e.local, e.seed, e.dtype, e.device, self._client)
 
-    def simulated(self, workers: int, method: Method) -> Fleet:
-        """The data's clients, played in worker processes or (0) in this one."""
-        return SimulatedFleet(self.assignment, workers, method)
+    def simulated(self, place: Place, method: Method) -> Fleet:
+        """The data's clients, played in that place."""
+        if not place.on_ray:
+            return SimulatedFleet(self.assignment, place.workers or 0, method)
+        cluster = partial(Cluster, workers=place.workers, address=place.address)
+        return SimulatedFleet(self.assignment, 0, method, engines=cluster)
 
     def check_engine(self, engine: EngineName) -> None:
         """ExperimentError if this engine cannot play the clients."""

@@ -56,6 +56,7 @@ class Execution:
             opening = Opening(folder.path, experiment, self.population, size, self.engine, self.shards, point.round)
             show.starting(opening)
             with closing(self.make_fleet()) as fleet:
+                fleet.keep_in(folder.path)
                 coordinator = self.composition.coordinator(fleet, point, [folder, show])
                 with _interruptible(coordinator, show, self.grace):
                     self.ready(coordinator)
@@ -114,7 +115,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def environment(composition: Composition, engine: str, workers: int, population: int | None) -> dict[str, Any]:
+def environment(composition: Composition, engine: str, workers: int | None, population: int | None) -> dict[str, Any]:
     """What ``env.json`` says."""
     return {
         "engine": engine,

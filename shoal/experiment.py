@@ -105,16 +105,26 @@ class Experiment:
         )
 
     def simulate(
-        self, *, engine: str = "auto", workers: int | None = None, out: str | Path = "runs", progress: str = "auto"
+        self,
+        *,
+        engine: str = "auto",
+        workers: int | None = None,
+        ray_address: str | None = None,
+        out: str | Path = "runs",
+        progress: str = "auto",
     ) -> Run:
         """Run it here; ``workers`` processes (None: one a core, 0: in this process).
+
+        ``engine`` is ``"auto"`` (found by measuring), ``"lean"`` (one after the other, any model), ``"captured"`` or
+        ``"fused"`` (in blocks; ``"fused:64"`` says how large, so that a run can be repeated to the bit), or
+        ``"ray"``: as auto, in actors of the cluster at ``ray_address`` (``"auto"``, host:port; None: one of its own).
 
         Ctrl-C ends the run after the round in progress; a second one abandons that round. Either way the state is
         kept, and :func:`shoal.resume` goes on to the same bits.
         """
         from shoal.simulate import simulate  # a cycle otherwise: composition stands on the experiment
 
-        return simulate(self, engine=engine, workers=workers, out=Path(out), progress=progress)
+        return simulate(self, engine=engine, workers=workers, ray_address=ray_address, out=Path(out), progress=progress)
 
     def serve(
         self,

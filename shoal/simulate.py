@@ -5,11 +5,12 @@ from __future__ import annotations
 import tomllib
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
 from shoal.client.process import cores
-from shoal.compose import Composition
+from shoal.compose import Composition, Place
 from shoal.execute import Execution, environment, versions
 from shoal.experiment import UNNAMED, Experiment
 from shoal.progress import Display, display
@@ -27,11 +28,19 @@ MAY_CHANGE = frozenset({"rounds", "evaluation", "target", "checkpoint_every"})
 
 
 def simulate(
-    experiment: Experiment, *, engine: str, workers: int | None, progress: str, out: Path, path: Path | None = None
+    experiment: Experiment,
+    *,
+    engine: str,
+    workers: int | None,
+    progress: str,
+    out: Path,
+    path: Path | None = None,
+    ray_address: str | None = None,
 ) -> Run:
     """Run an experiment from the start; see :meth:`shoal.Experiment.simulate`. ``path`` is a folder of its own."""
-    method = None if engine == "auto" else Method.read(engine)
-    number, show = _workers(experiment, workers), display(progress)
+    place = _place(experiment, engine, workers, ray_address)
+    engine = "auto" if engine == "ray" else engine
+    method, show = None if engine == "auto" else Method.read(engine), display(progress)
     composition = Composition(experiment)
     composition.check_simulation()
     if engine != "auto":
@@ -39,12 +48,25 @@ def simulate(
     with closing(RunFolder.create(out, experiment.name) if path is None else RunFolder.make(path)) as folder:
         folder.claim()
         folder.write("experiment.toml", experiment.toml())
-        folder.write("env.json", environment(composition, engine, number, _population(composition)))
-        return _simulated(composition, folder, number, show, engine, method).run(composition.start())
+        env = environment(composition, engine, place.workers, _population(composition))
+        folder.write("env.json", env | ({"ray": {"address": place.address}} if place.on_ray else {}))
+        return _simulated(composition, folder, place, show, engine, method).run(composition.start())
+
+
+def _place(experiment: Experiment, engine: str, workers: int | None, ray_address: str | None) -> Place:
+    if engine == "ray" or ray_address is not None:
+        if find_spec("ray") is None:
+            raise ExperimentError("the engine 'ray' needs Ray, which is not installed; pip install 'shoal[ray]'")
+        return Place(workers, True, ray_address)
+    if workers is not None and workers < 0:
+        raise ExperimentError(f"workers is {workers}; it must be 0 (in this process) or more")
+    if workers is None:
+        workers = cores() if experiment.device == "cpu" else 1
+    return Place(workers)
 
 
 def _simulated(
-    composition: Composition, folder: RunFolder, workers: int, show: Display, engine: str, method: Method | None = None
+    composition: Composition, folder: RunFolder, place: Place, show: Display, engine: str, method: Method | None
 ) -> Execution:
     """Without a ``method``, the best one for the engine is found before the first round, and recorded."""
 
@@ -63,9 +85,9 @@ def _simulated(
         composition,
         folder,
         show,
-        engine=f"{engine} × {workers} workers" if workers else f"{engine}, in this process",
+        engine=f"{engine} {place}",
         population=_population(composition),
-        make_fleet=lambda: composition.simulated(workers, method or LEAN),
+        make_fleet=lambda: composition.simulated(place, method or LEAN),
         shards=composition.shards,
         ready=ready,
     )
@@ -117,8 +139,10 @@ def _again(
         return served(composition, folder, recorded, show)
     composition.check_simulation()
     engine = str(recorded["engine"])
-    method = None if engine == "auto" else Method.read(engine)  # one that ended while it was being measured
-    return nullcontext(_simulated(composition, folder, int(recorded["workers"]), show, engine, method))
+    method = None if engine == "auto" else Method.read(engine)  # None: it ended while it was being measured
+    on_ray = "ray" in recorded
+    place = Place(recorded["workers"], on_ray, recorded["ray"]["address"] if on_ray else None)
+    return nullcontext(_simulated(composition, folder, place, show, engine, method))
 
 
 def _kept_experiment(folder: RunFolder, kept: str) -> Experiment:
@@ -140,11 +164,3 @@ def _check_same(kept: str, given: str) -> None:
                 f"'{key}' differs from the run's own ({before.get(key)!r}, now {now.get(key)!r}); resume with the same "
                 f"experiment, or start a new run"
             )
-
-
-def _workers(experiment: Experiment, workers: int | None) -> int:
-    if workers is not None and workers < 0:
-        raise ExperimentError(f"workers is {workers}; it must be 0 (in this process) or more")
-    if workers is None:
-        workers = cores() if experiment.device == "cpu" else 1
-    return workers
