@@ -21,15 +21,20 @@ from torch import Tensor
 from shoal.protos.errors import RunError
 from shoal.protos.files import sync_folder, write_synced
 from shoal.protos.parameters import Entry, Layout, Parameters, Segment
-from shoal.strategies.base import Mine, State, vector
+from shoal.strategies.base import State, vector
 from shoal.strategies.sums import Carried
 
 __all__ = ["Checkpoint", "latest", "write"]
 
+FORMAT = 1
+
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Everything a run needs to go on after ``round``, bit for bit."""
+    """Everything a run needs to go on after ``round``, bit for bit.
+
+    ``clients`` is the fleet's note of where the clients' own states are.
+    """
 
     round: int
     state: State
@@ -37,7 +42,7 @@ class Checkpoint:
     layout: Layout
     frozen: Mapping[str, Tensor] = field(default_factory=dict)
     selector: Mapping[str, Any] = field(default_factory=dict)
-    clients: Mapping[str, Mine] = field(default_factory=dict)
+    clients: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def parameters(self) -> Parameters[Tensor]:
@@ -81,10 +86,11 @@ def _newest_first(folder: Path) -> list[Path]:
 
 
 def _flatten(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors under JSON-array names (client names hold any character), everything else as JSON."""
+    """Tensors under JSON-array names (names hold any character), everything else as JSON."""
     tensors = {_key("carried", "buffers"): checkpoint.carried.buffers}
     tensors[_key("carried", "counters")] = checkpoint.carried.counters
-    numbers: dict[str, Any] = {"round": checkpoint.round, "selector": checkpoint.selector, "state": {}}
+    numbers: dict[str, Any] = {"format": FORMAT, "round": checkpoint.round, "state": {}}
+    numbers |= {"selector": checkpoint.selector, "clients": checkpoint.clients}
     numbers["layout"] = [[e.name, e.segment, e.dtype, list(e.shape)] for e in checkpoint.layout.entries]
     for name, value in checkpoint.state.items():
         if isinstance(value, Tensor):
@@ -93,18 +99,17 @@ def _flatten(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Any]]
             numbers["state"][name] = value
     for name, tensor in checkpoint.frozen.items():
         tensors[_key("frozen", name)] = tensor
-    for client, mine in checkpoint.clients.items():
-        for name, tensor in mine.items():
-            tensors[_key("clients", client, name)] = tensor
     return tensors, numbers
 
 
 def _read(path: Path) -> Checkpoint:
     numbers = json.loads((path / "state.json").read_bytes())
+    if "format" not in numbers or numbers["format"] != FORMAT:
+        raise ValueError("it was written by another version of Shoal")
     payload = (path / "tensors.safetensors").read_bytes()
     if hashlib.sha256(payload).hexdigest() != numbers["sha256"]:
         raise ValueError("tensors.safetensors does not match its checksum")
-    found: dict[str, Any] = {"state": dict(numbers["state"]), "frozen": {}, "clients": {}, "carried": {}}
+    found: dict[str, Any] = {"state": dict(numbers["state"]), "frozen": {}, "carried": {}}
     for key, array in load(payload).items():
         *path_to, name = json.loads(key)
         group = found
@@ -114,7 +119,7 @@ def _read(path: Path) -> Checkpoint:
     layout = Layout(tuple(Entry(n, Segment(s), d, tuple(shape)) for n, s, d, shape in numbers["layout"]))
     carried = Carried(found["carried"]["buffers"], found["carried"]["counters"])
     return Checkpoint(
-        numbers["round"], found["state"], carried, layout, found["frozen"], numbers["selector"], found["clients"]
+        numbers["round"], found["state"], carried, layout, found["frozen"], numbers["selector"], numbers["clients"]
     )
 
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from shoal.protos.messages import Failure, Update
-from shoal.strategies.base import Context, Mine, State
+from shoal.strategies.base import Context, State
 from shoal.strategies.sums import Carried, Contribution
 
 __all__ = ["Ask", "Fleet", "Part", "Report"]
@@ -91,12 +92,16 @@ class Fleet(Protocol):
         """Each client's own model on its own held-out examples."""
         ...
 
-    def snapshot(self) -> Mapping[str, Mine]:
-        """The settled client states that a checkpoint must hold; empty where clients keep their own."""
+    def keep_in(self, folder: Path) -> None:
+        """Where states of clients may be kept that checkpoints refer to; told before :meth:`restore`, if at all."""
         ...
 
-    def restore(self, states: Mapping[str, Mine]) -> None:
-        """The inverse of :meth:`snapshot`."""
+    def snapshot(self) -> Mapping[str, int]:
+        """Make the settled client states safe; what a checkpoint notes to find them again."""
+        ...
+
+    def restore(self, note: Mapping[str, int]) -> None:
+        """Go back to the client states of which :meth:`snapshot` gave this note; nothing noted: to none."""
         ...
 
     def close(self) -> None:

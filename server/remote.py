@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from shoal.protos.parameters import Parameters
 from shoal.server.fleet import Ask, Part, Report
 from shoal.server.orders import Answered, Blob, Event, Failed, Order
 from shoal.server.serving import Serving
-from shoal.strategies.base import Mine, Strategy
+from shoal.strategies.base import Strategy
 from shoal.strategies.sums import contribute
 
 __all__ = ["RemoteFleet", "Terms"]
@@ -34,7 +35,6 @@ __all__ = ["RemoteFleet", "Terms"]
 PATIENCE = 1.0  # seconds between two words about clients that come
 LOOK = 0.2  # seconds between two looks whether to stop, where nothing happens
 OVER = "the round is over without it"
-COUNTED = "round"  # what is kept of a client: the round in which its last update counted
 
 
 @dataclass(frozen=True)
@@ -201,11 +201,14 @@ class RemoteFleet:
     def settle(self, counted: Collection[str]) -> None:
         self._counted.update(dict.fromkeys(counted, self._round))
 
-    def snapshot(self) -> Mapping[str, Mine]:
-        return {client: {COUNTED: torch.tensor(self._counted.get(client, 0))} for client in self.population}
+    def keep_in(self, folder: Path) -> None:
+        """Nothing is kept here."""
 
-    def restore(self, states: Mapping[str, Mine]) -> None:
-        self._counted = {client: int(mine[COUNTED]) for client, mine in states.items()}
+    def snapshot(self) -> Mapping[str, int]:
+        return {client: self._counted.get(client, 0) for client in self.population}
+
+    def restore(self, note: Mapping[str, int]) -> None:
+        self._counted = dict(note)
 
     def close(self) -> None:
         """Nothing: the server goes on with the next run."""

@@ -6,6 +6,7 @@ env.json           versions, machine, command line, engine
 metrics.jsonl      a line a round; round 0 is the initial model
 clients.jsonl      a line a round, by columns: who took part, with what numbers; who failed, why
 checkpoints/       the newest two states (safetensors and JSON)
+states.sqlite      what simulated clients keep between rounds, if they do (:mod:`shoal.simulations.states`)
 summary.json       status and last numbers
 log.jsonl          events with their time
 .lock              held by the one process that writes

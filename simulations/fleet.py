@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -20,12 +21,15 @@ from shoal.simulations.blocks import Method
 from shoal.simulations.crew import Died
 from shoal.simulations.engine import LATE, Assignment, Engine, Job, Result
 from shoal.simulations.pool import Pool
-from shoal.strategies.base import Mine, State
+from shoal.simulations.states import MEMORY, ClientStates
+from shoal.strategies.base import Mine, State, vector
 from shoal.strategies.sums import LEAF, Carried
 
 __all__ = ["LEAN", "Engines", "InProcess", "SimulatedFleet", "one_thread", "portions"]
 
 LEAN = Method()
+KEPT = "states of round"  # what a checkpoint notes of the clients' states
+AT_ONCE = 4096  # clients that are evaluated before the next are looked at
 
 
 class Engines(Protocol):
@@ -78,7 +82,8 @@ class InProcess:
 class SimulatedFleet:
     """A :class:`~shoal.server.fleet.Fleet` of the data set's clients; ``workers=0`` plays them in this process.
 
-    ``engines`` makes another place for them, such as a :class:`~shoal.simulations.cluster.Cluster`.
+    ``engines`` makes another place for them, such as a :class:`~shoal.simulations.cluster.Cluster`. Of the clients'
+    states at most ``memory`` bytes are held in memory between rounds.
     """
 
     def __init__(
@@ -88,21 +93,23 @@ class SimulatedFleet:
         method: Method = LEAN,
         *,
         engines: Callable[[Assignment], Engines] | None = None,
+        memory: int = MEMORY,
     ) -> None:
         self.assignment, self.method = assignment, method
         self.population = assignment.data.clients
         self.crew: Engines = (
             engines(assignment) if engines else Pool(assignment, workers) if workers else InProcess(assignment)
         )
-        self._states: dict[str, Mine] = {}
+        self.states = ClientStates(memory=memory)
         self._staged: dict[str, Mine] = {}
+        self._round = 0
 
     @property
     def reachable(self) -> Sequence[str]:
         return self.population
 
     def train(self, ask: Ask) -> Iterator[Part]:
-        self._staged = {}
+        self._staged, self._round = {}, ask.context.round
         ends = None if ask.deadline is None else time.monotonic() + ask.deadline
         missing = 0
         for part in self._run(ask, self._portions(min(ask.goal, len(ask.cohort)), ask.deadline), ends):
@@ -117,10 +124,17 @@ class SimulatedFleet:
                 yield part
 
     def evaluate(self, ask: Ask) -> Iterator[Report | Failure]:
-        parts = self._run(ask, self._portions(len(ask.cohort)), None, train=False)
-        for part in sorted(parts, key=lambda part: part.position):
-            yield from part.failures
-            yield from part.reports
+        for start in range(0, len(ask.cohort), step := self._at_once(ask)):
+            some = replace(ask, cohort=ask.cohort[start : start + step])
+            parts = self._run(some, self._portions(len(some.cohort)), None, train=False)
+            for part in sorted(parts, key=lambda part: part.position):
+                yield from part.failures
+                yield from part.reports
+
+    def _at_once(self, ask: Ask) -> int:
+        """How many clients to evaluate together: a population may be large, and their states must be in memory."""
+        state = max(1, vector(ask.state, "parameters").nbytes)  # is about as large as the model
+        return max(2 * LEAF * self.crew.workers, min(AT_ONCE, self.states.memory // state))
 
     def _portions(self, count: int, deadline: float | None = None) -> list[range]:
         """What goes into one job. Where bits depend on it (in blocks), it does not depend on the workers.
@@ -178,21 +192,28 @@ class SimulatedFleet:
                 yield _lost(job, result, ends)
 
     def _job(self, ask: Ask, positions: range, ends: float | None, train: bool) -> Job:
-        clients = [(ask.cohort[p], self._states.get(ask.cohort[p])) for p in positions]
+        clients = [(ask.cohort[p], self.states.get(ask.cohort[p])) for p in positions]
         return Job(positions[0], clients, ask.context, train, ends, self.method)
 
+    def keep_in(self, folder: Path) -> None:
+        self.states.close()
+        self.states = ClientStates(folder / "states.sqlite", self.states.memory)
+
     def settle(self, counted: Collection[str]) -> None:
-        self._states.update({client: self._staged[client] for client in counted if self._staged.get(client)})
+        self.states.put(self._round, {client: self._staged[client] for client in counted if self._staged.get(client)})
         self._staged = {}
 
-    def snapshot(self) -> Mapping[str, Mine]:
-        return dict(self._states)
+    def snapshot(self) -> Mapping[str, int]:
+        noted = self.states.keep()
+        return {KEPT: noted} if noted else {}
 
-    def restore(self, states: Mapping[str, Mine]) -> None:
-        self._states, self._staged = dict(states), {}
+    def restore(self, note: Mapping[str, int]) -> None:
+        self.states.restore(note.get(KEPT, 0))
+        self._staged = {}
 
     def close(self) -> None:
         self.crew.close()
+        self.states.close()
 
 
 def portions(count: int, block: int) -> list[range]:

@@ -31,7 +31,7 @@ def checkpoint(round: int = 3) -> Checkpoint:
         layout=LAYOUT,
         frozen={"f": torch.tensor([2.5])},
         selector={"seen": ["a"]},
-        clients={"a/b.c 'd'": {"control": torch.ones(3)}, "ü": {}},
+        clients={"a/b.c 'd'": 3, "ü": 0},
     )
 
 
@@ -48,7 +48,7 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
     assert (read.round, read.layout, read.selector, read.state["step"]) == (3, LAYOUT, {"seen": ["a"]}, 0.1 + 0.2)
     assert all(same(vector(read.state, name), vector(kept.state, name)) for name in ("parameters", "control"))
     assert same(read.carried.counters, kept.carried.counters) and same(read.carried.buffers, kept.carried.buffers)
-    assert same(read.clients["a/b.c 'd'"]["control"], torch.ones(3))
+    assert read.clients == {"a/b.c 'd'": 3, "ü": 0}
     assert same(read.frozen["f"], kept.frozen["f"])
 
 
@@ -89,6 +89,14 @@ def test_only_damaged_ones_is_an_error(tmp_path: Path) -> None:
     write(tmp_path, checkpoint(1))
     (tmp_path / "round-00001" / "state.json").write_text("{}")
     with pytest.raises(RunError, match="round-00001"):
+        latest(tmp_path)
+
+
+@pytest.mark.parametrize("numbers", ["{}", "[]", '{"format": 0}'])
+def test_one_of_another_version_is_refused(tmp_path: Path, numbers: str) -> None:
+    write(tmp_path, checkpoint(1))
+    (tmp_path / "round-00001" / "state.json").write_text(numbers)
+    with pytest.raises(RunError, match="round-00001: it was written by another version of Shoal"):
         latest(tmp_path)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from shoal.protos.parameters import Entry, Layout, Parameters, Segment
 from shoal.server.checkpoints import Checkpoint
 from shoal.server.coordinator import Coordinator, Plan, Round, start
 from shoal.server.fleet import Ask, Part, Report
-from shoal.strategies.base import Mine, vector
+from shoal.strategies.base import vector
 from shoal.strategies.fedavg import FedAvg
 from shoal.strategies.selectors import Selector, Uniform
 from shoal.strategies.sums import contribute
@@ -31,7 +32,7 @@ class MadeUp:
     def __init__(self, clients: int = 10, failing: Collection[str] = ()) -> None:
         self.population = self.reachable = [str(i) for i in range(clients)]
         self.failing, self.asks, self.settled = failing, list[Ask](), list[list[str]]()
-        self.states: Mapping[str, Mine] = {}
+        self.note: Mapping[str, int] = {}
 
     def train(self, ask: Ask) -> Iterator[Part]:
         self.asks.append(ask)
@@ -53,11 +54,14 @@ class MadeUp:
     def settle(self, counted: Collection[str]) -> None:
         self.settled.append(list(counted))
 
-    def snapshot(self) -> Mapping[str, Mine]:
-        return self.states
+    def keep_in(self, folder: Path) -> None:
+        return
 
-    def restore(self, states: Mapping[str, Mine]) -> None:
-        self.states = states
+    def snapshot(self) -> Mapping[str, int]:
+        return self.note
+
+    def restore(self, note: Mapping[str, int]) -> None:
+        self.note = note
 
     def close(self) -> None:
         return

@@ -9,12 +9,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from shoal.cli import main
+from shoal.simulations.states import ClientStates
 
 Shoal = Callable[..., tuple[int, str, str]]
 
@@ -381,6 +383,14 @@ def test_usage_errors_are_exit_code_2(shoal: Shoal) -> None:
     assert shoal("--version")[1].startswith("shoal 0.")
 
 
+def client_states(run: Path) -> dict[str, list[float]]:
+    with closing(ClientStates(run / "states.sqlite")) as states:
+        states.restore(40)
+        found = {client: states.get(client) for client in states.clients()}
+    assert len(found) == 6
+    return {client: mine["control"].tolist() for client, mine in found.items() if mine is not None}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "engine"), [(signal.SIGINT, "lean"), (signal.SIGTERM, "fused:4")])
 def test_an_interrupt_saves_and_resume_ends_with_the_same_bits(
@@ -407,5 +417,7 @@ def test_an_interrupt_saves_and_resume_ends_with_the_same_bits(
     assert 5 <= end["rounds"] < 40
     code, _, err = shoal("resume", "runs/1", "--rounds", "40")
     assert code == 0, err
-    tensors = [next(Path(root).glob("*/checkpoints/round-00040/tensors.safetensors")) for root in ("whole", "runs")]
-    assert tensors[0].read_bytes() == tensors[1].read_bytes()
+    whole, resumed = (next(Path(root).iterdir()) for root in ("whole", "runs"))
+    tensors = "checkpoints/round-00040/tensors.safetensors"
+    assert (resumed / tensors).read_bytes() == (whole / tensors).read_bytes()
+    assert client_states(resumed) == client_states(whole)

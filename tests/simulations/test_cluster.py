@@ -27,7 +27,6 @@ from shoal import Client, Experiment, FedAvg, LocalTraining, Scaffold, Strategy,
 from shoal.compose import Composition
 from shoal.protos.errors import ExperimentError, RunError
 from shoal.protos.messages import Failure
-from shoal.server.checkpoints import Checkpoint
 from shoal.simulations.cluster import Cluster
 from shoal.simulations.crew import Died
 from shoal.simulations.engine import Assignment, Job, Result
@@ -100,18 +99,16 @@ def assignment(strategy: Strategy, client: Client | None = None, make: Callable[
 
 def play(
     strategy: Strategy, client: Client, engines: Callable[[Assignment], Engines], **changes: Any
-) -> tuple[Checkpoint, Watch]:
+) -> tuple[dict[str, bytes], Watch]:
+    """All values that there are at the end, those of clients too."""
     fields: dict[str, Any] = {"rounds": 3, "cohort": N, "quorum": 0.5, "strategy": strategy, "client": client} | changes
     composition, watch = Composition(Experiment(model=model, data=data(), **fields)), Watch()
     with closing(SimulatedFleet(assignment(strategy, client), engines=engines)) as fleet:
-        return composition.coordinator(fleet, composition.start(), [watch]).run(), watch
-
-
-def bits(point: Checkpoint) -> dict[str, bytes]:
-    """All values of a checkpoint, those of clients too."""
-    values = {**point.state, "buffers": point.carried.buffers, "counters": point.carried.counters}
-    values |= {f"{client} {name}": value for client, mine in point.clients.items() for name, value in mine.items()}
-    return {name: torch.as_tensor(value).numpy().tobytes() for name, value in values.items()}
+        point = composition.coordinator(fleet, composition.start(), [watch]).run()
+        values = {**point.state, "buffers": point.carried.buffers, "counters": point.carried.counters}
+        for known in fleet.states.clients():
+            values |= {f"{known} {name}": value for name, value in (fleet.states.get(known) or {}).items()}
+    return {name: torch.as_tensor(value).numpy().tobytes() for name, value in values.items()}, watch
 
 
 @contextmanager
@@ -152,7 +149,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """What SCAFFOLD comes to in worker processes."""
     said = tmp_path_factory.mktemp("pool") / "said"
     said.touch()
-    return bits(play(Scaffold(), Struck(said), lambda a: Pool(a, 2))[0])
+    return play(Scaffold(), Struck(said), lambda a: Pool(a, 2))[0]
 
 
 @contextmanager
@@ -193,7 +190,7 @@ def test_the_bits_of_a_pool_and_its_failures(nodes: Nodes, tmp_path: Path) -> No
     pool, of_pool = play(FedAvg(), client, lambda a: Pool(a, 2))
     cluster, of_cluster = play(FedAvg(), client, partial(Cluster, workers=3, address=nodes.address))
 
-    assert bits(cluster) == bits(pool)
+    assert cluster == pool
     assert of_cluster.failures == of_pool.failures
     assert of_cluster.failures[0] == (1, "7", "client '7' raised ValueError in round 1: my data is cursed")
     assert not ray.is_initialized()
@@ -202,9 +199,9 @@ def test_the_bits_of_a_pool_and_its_failures(nodes: Nodes, tmp_path: Path) -> No
 def test_a_process_that_is_killed(nodes: Nodes, tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
     client = Struck(tmp_path / "said")
     with meanwhile(client.said, lambda process, _: os.kill(process, signal.SIGKILL)):
-        point, watch = play(Scaffold(), client, partial(Cluster, address=nodes.address))
+        bits, watch = play(Scaffold(), client, partial(Cluster, address=nodes.address))
 
-    assert bits(point) == undisturbed
+    assert bits == undisturbed
     assert watch.failures == []
 
 
@@ -217,9 +214,9 @@ def test_a_node_that_is_lost(
         nodes.remove_node(next(node for node in nodes.worker_nodes if node.node_id == name), allow_graceful=False)
 
     with meanwhile(client.said, lose):
-        point, watch = play(Scaffold(), client, partial(Cluster, address=nodes.address))
+        bits, watch = play(Scaffold(), client, partial(Cluster, address=nodes.address))
 
-    assert bits(point) == undisturbed
+    assert bits == undisturbed
     assert watch.failures == []
     assert capfd.readouterr().out == ""  # where a run's own lines go
     wait_until(lambda: not alive(int(client.said.read_text().split()[0])))
@@ -291,9 +288,9 @@ def test_alone_on_this_machine(tmp_path: Path, undisturbed: dict[str, bytes]) ->
             addresses.update(c.laddr.ip for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN)
         return cluster
 
-    point, _ = play(Scaffold(), Struck(tmp_path / "said"), engines)
+    bits, _ = play(Scaffold(), Struck(tmp_path / "said"), engines)
 
-    assert bits(point) == undisturbed
+    assert bits == undisturbed
     assert addresses and addresses <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
     wait_until(lambda: not any(map(alive, started)))
     assert not ray.is_initialized()

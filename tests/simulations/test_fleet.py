@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from shoal import Client, Experiment, LocalTraining, Run, Scaffold, Work
 from shoal.client.data import Shard
 from shoal.protos.errors import ExperimentError, RoundError
 from shoal.simulations.federated import ArrayData, LazyData, Numbered
+from shoal.simulations.states import ClientStates
 
 N = 40
 
@@ -196,12 +198,11 @@ def test_spare_clients_stand_in_for_failed_ones(tmp_path: Path) -> None:
 
 def test_client_state_moves_only_when_counted(tmp_path: Path) -> None:
     """A SCAFFOLD client whose update is rejected keeps the control variate it had."""
-    from shoal.server.runs import RunFolder
-
     run = simulate(tmp_path, {"3": "nan"}, strategy=Scaffold(), local=LocalTraining(lr=0.1), rounds=2)
-    point = RunFolder(run.path).latest()
+    with closing(ClientStates(run.path / "states.sqlite")) as states:
+        states.restore(2)
 
-    assert point is not None and "3" not in point.clients and len(point.clients) == N - 1
+        assert set(states.clients()) == {str(client) for client in range(N)} - {"3"}
 
 
 @pytest.mark.slow
