@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from statistics import fmean
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
@@ -22,12 +22,14 @@ from shoal.protos.messages import Failure
 from shoal.protos.parameters import Parameters, Segment
 from shoal.server.checkpoints import Checkpoint
 from shoal.server.fleet import Ask, Fleet, Report
+from shoal.server.spread import Spread
 from shoal.strategies.base import Context, Strategy, vector
 from shoal.strategies.selectors import Selector
 from shoal.strategies.sums import Carried, Contribution, LeafSum, carry
 
 __all__ = ["Coordinator", "Observer", "Plan", "Round", "start", "updates_needed"]
 
+PORTION = 4096  # clients whose evaluations are passed on together
 ROUNDING = 1e-9  # 100 × 1.1 is 110.00000000000001, which must not ask an 111th client
 Evaluate = Callable[[Parameters[Tensor]], Mapping[str, float]]
 
@@ -60,7 +62,6 @@ class Round:
     numbers: Mapping[str, float]
     reports: Sequence[Report] = field(default_factory=tuple)
     failures: Sequence[Failure] = field(default_factory=tuple)
-    evaluations: Sequence[Report] = field(default_factory=tuple)
 
 
 class Observer(Protocol):
@@ -76,6 +77,10 @@ class Observer(Protocol):
 
     def on_answers(self, round: int, answered: int, asked: int) -> None:
         """While a round goes on: how many of its clients have answered or failed."""
+        ...
+
+    def on_evaluations(self, round: int, reports: Sequence[Report]) -> None:
+        """While clients are evaluated, before the round's own call: the next of them, in the population's order."""
         ...
 
     def on_checkpoint(self, checkpoint: Checkpoint) -> None:
@@ -146,12 +151,12 @@ class Coordinator:
         self.fleet.settle([report.client for report in reports])
         self.point = after
         self.committing = False
-        line, evaluations = _numbers(ask, reports, failures), list[Report]()
+        line = _numbers(ask, reports, failures)
         try:
-            self._evaluate_point(ask, line, evaluations)
+            self._evaluate_point(ask, line)
         finally:  # the round stands, whatever becomes of its evaluation
             line |= {"train_seconds": trained - began, "seconds": time.perf_counter() - began}
-            self._tell(Round(number, line, reports, failures, evaluations))
+            self._tell(Round(number, line, reports, failures))
         if self.plan.checkpoint_every and number % self.plan.checkpoint_every == 0 and number < self.plan.rounds:
             self._keep()
 
@@ -195,7 +200,7 @@ class Coordinator:
         context = Context(number, len(population), len(cohort))
         return Ask(cohort, plan.cohort, self.point.state, self.point.carried, context, plan.deadline)
 
-    def _evaluate_point(self, ask: Ask, line: dict[str, float], evaluations: list[Report]) -> None:
+    def _evaluate_point(self, ask: Ask, line: dict[str, float]) -> None:
         """What is due after this round, on the model and the client states that the round has made."""
         plan, point, number = self.plan, self.point, ask.context.round
         if self._evaluate is not None and _due(number, plan.evaluate_every, plan.rounds):
@@ -203,12 +208,23 @@ class Coordinator:
         if _due(number, plan.evaluate_clients_every, plan.rounds):
             everyone = self.fleet.reachable
             ask = replace(ask, cohort=everyone, goal=len(everyone), state=point.state, carried=point.carried)
-            for answer in self.fleet.evaluate(ask):
+            line |= self._evaluate_clients(ask)
+
+    def _evaluate_clients(self, ask: Ask) -> dict[str, float]:
+        """A portion at a time: a population may be too large for a list of its answers."""
+        number, spread, answered = ask.context.round, Spread(), 0
+        answers = iter(self.fleet.evaluate(ask))
+        while portion := list(islice(answers, PORTION)):
+            reports = [answer for answer in portion if isinstance(answer, Report)]
+            for answer in portion:
                 if isinstance(answer, Failure):
                     self._report_failure(answer)
-                else:
-                    evaluations.append(answer)
-            line |= _spread(evaluations)
+            spread.add(reports)
+            answered += len(portion)
+            for observer in self._observers:
+                observer.on_evaluations(number, reports)
+                observer.on_answers(number, answered, len(ask.cohort))
+        return spread.line()
 
     @staticmethod
     def _evaluation(evaluate: Evaluate, point: Checkpoint) -> dict[str, float]:
@@ -272,20 +288,4 @@ def _numbers(ask: Ask, reports: Sequence[Report], failures: Sequence[Failure]) -
         weight = sum(r.numbers["examples"] for r in having)
         if weight > 0:
             line[f"train_{name}"] = sum(r.numbers[name] * r.numbers["examples"] for r in having) / weight
-    return line
-
-
-def _spread(evaluations: Sequence[Report]) -> dict[str, float]:
-    """Over clients: the uniform mean, the mean weighted by examples, the lowest and the highest."""
-    line: dict[str, float] = {}
-    if not evaluations:
-        return line
-    weights = [report.numbers["examples"] for report in evaluations]
-    for name in evaluations[0].numbers:
-        if name == "examples":
-            continue
-        values = [report.numbers[name] for report in evaluations]
-        line[f"clients_{name}"] = fmean(values)
-        line[f"clients_{name}_weighted"] = fmean(values, weights)
-        line[f"clients_{name}_min"], line[f"clients_{name}_max"] = min(values), max(values)
     return line

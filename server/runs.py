@@ -4,7 +4,7 @@
 experiment.toml    the experiment as it ran, every default written out; run it again with ``shoal simulate``
 env.json           versions, machine, command line, engine
 metrics.jsonl      a line a round; round 0 is the initial model
-clients.jsonl      a line a round, by columns: who took part, with what numbers; who failed, why
+clients.jsonl      lines of columns: who took part in a round, with what numbers; who failed, why; evaluations
 checkpoints/       the newest two states (safetensors and JSON)
 states.sqlite      what simulated clients keep between rounds, if they do (:mod:`shoal.simulations.states`)
 summary.json       status and last numbers
@@ -127,8 +127,6 @@ class RunFolder:
             failed = [{"client": f.client, "reason": f.reason} for f in round.failures]
             line = {"round": round.number, "kind": "train", **_columns(round.reports)}
             self._append("clients.jsonl", line | ({"failed": failed} if failed else {}))
-        if round.evaluations:
-            self._append("clients.jsonl", {"round": round.number, "kind": "evaluate", **_columns(round.evaluations)})
 
     def on_failure(self, failure: Failure) -> None:
         event = {"client": failure.client, "round": failure.round, "reason": failure.reason}
@@ -136,6 +134,10 @@ class RunFolder:
 
     def on_answers(self, round: int, answered: int, asked: int) -> None:
         return
+
+    def on_evaluations(self, round: int, reports: Sequence[Report]) -> None:
+        if reports:
+            self._append("clients.jsonl", {"round": round, "kind": "evaluate", **_columns(reports)})
 
     def on_checkpoint(self, checkpoint: Checkpoint) -> None:
         checkpoints.write(self.path / "checkpoints", checkpoint)
@@ -186,8 +188,10 @@ class RunFolder:
         """Drop the lines of later rounds, which a resumed run writes again."""
         for name in ("metrics.jsonl", "clients.jsonl"):
             if (self.path / name).exists():
-                kept = [line for line in self.lines(name) if line["round"] <= round]
-                self.write(name, "".join(json.dumps(line) + "\n" for line in kept))
+                aside = self.path / f".{name}"
+                with aside.open("w", encoding="utf-8") as file:
+                    file.writelines(json.dumps(line) + "\n" for line in self.lines(name) if line["round"] <= round)
+                aside.replace(self.path / name)
 
 
 def list_runs(root: Path) -> list[RunFolder]:

@@ -7,7 +7,7 @@ import math
 import os
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from shoal.protos.errors import ExperimentError, nearest
 from shoal.protos.messages import Failure
 from shoal.server.checkpoints import Checkpoint
 from shoal.server.coordinator import Round
+from shoal.server.fleet import Report
 from shoal.server.runs import plain
 
 if TYPE_CHECKING:
@@ -76,6 +77,9 @@ class Display(ABC):
         self.note(text if failure.traceback in known else f"{text}\n{failure.traceback}")
 
     def on_answers(self, round: int, answered: int, asked: int) -> None:
+        return
+
+    def on_evaluations(self, round: int, reports: Sequence[Report]) -> None:
         return
 
     def on_checkpoint(self, checkpoint: Checkpoint) -> None:

@@ -14,7 +14,7 @@ from shoal.protos.errors import RoundError
 from shoal.protos.messages import Failure, Update
 from shoal.protos.parameters import Entry, Layout, Parameters, Segment
 from shoal.server.checkpoints import Checkpoint
-from shoal.server.coordinator import Coordinator, Plan, Round, start
+from shoal.server.coordinator import PORTION, Coordinator, Plan, Round, start
 from shoal.server.fleet import Ask, Part, Report
 from shoal.strategies.base import vector
 from shoal.strategies.fedavg import FedAvg
@@ -72,7 +72,7 @@ class Witness:
 
     def __init__(self) -> None:
         self.rounds, self.failures, self.kept = list[Round](), list[Failure](), list[Checkpoint]()
-        self.answers = list[tuple[int, int, int]]()
+        self.answers, self.evaluations = list[tuple[int, int, int]](), dict[int, list[Report]]()
 
     def on_round(self, round: Round) -> None:
         self.rounds.append(round)
@@ -82,6 +82,9 @@ class Witness:
 
     def on_answers(self, round: int, answered: int, asked: int) -> None:
         self.answers.append((round, answered, asked))
+
+    def on_evaluations(self, round: int, reports: Sequence[Report]) -> None:
+        self.evaluations.setdefault(round, []).extend(reports)
 
     def on_checkpoint(self, checkpoint: Checkpoint) -> None:
         self.kept.append(checkpoint)
@@ -162,13 +165,38 @@ def test_over_selection_asks_more_and_needs_the_cohort() -> None:
 def test_clients_are_evaluated_when_due_and_at_the_end() -> None:
     coordinator, witness = made(MadeUp(), evaluate_clients_every=2, evaluate_every=0)
     coordinator.run()
-    due = {round.number: round for round in witness.rounds if round.evaluations}
+    numbers = witness.rounds[2].numbers
 
-    assert sorted(due) == [2, 3]
-    numbers = due[3].numbers
+    assert {round: len(reports) for round, reports in witness.evaluations.items()} == {2: 10, 3: 10}
     assert (numbers["clients_accuracy"], numbers["clients_accuracy_min"]) == (pytest.approx(0.45), 0)
     assert numbers["clients_accuracy_weighted"] == pytest.approx(sum(i / 10 * (1 + i) for i in range(10)) / 55)
-    assert "test_mean" in due[3].numbers or due[3].numbers.get("test_mean") is None
+    assert "clients_accuracy" not in witness.rounds[0].numbers
+
+
+def test_evaluations_are_passed_on_as_they_come() -> None:
+    """Of a large population never more than a portion is there; what fails in it is told with it."""
+
+    class Large(MadeUp):
+        made, most = 0, 0
+
+        def evaluate(self, ask: Ask) -> Iterator[Report | Failure]:
+            for number in range(3 * PORTION + 1):
+                self.made += 1
+                self.most = max(self.most, self.made - seen())
+                yield Failure("7", 1, "broke") if number == 7 else Report(str(number), {"x": 1.0, "examples": 2.0})
+
+    def seen() -> int:
+        return sum(map(len, witness.evaluations.values())) + len(witness.failures)
+
+    fleet = Large()
+    coordinator, witness = made(fleet, rounds=1, evaluate_clients_every=1)
+    coordinator.run()
+
+    assert [report.client for report in witness.evaluations[1][6:8]] == ["6", "8"]
+    assert (len(witness.evaluations[1]), [f.client for f in witness.failures]) == (3 * PORTION, ["7"])
+    assert witness.answers[-1] == (1, 3 * PORTION + 1, 10)
+    assert witness.rounds[-1].numbers["clients_x"] == 1.0
+    assert fleet.most <= PORTION
 
 
 def test_stop_ends_after_the_round_in_progress() -> None:

@@ -43,9 +43,10 @@ def test_open_by_number(tmp_path: Path) -> None:
 def test_lines_of_a_round(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     reports = [Report("b", {"examples": 3.0, "loss": 0.5}), Report("a", {"examples": 4.0})]
-    folder.on_round(Round(1, {"counted": 2.0, "loss": math.nan}, reports, [Failure("c", 1, "why")], [Report("a", {})]))
+    folder.on_evaluations(1, [Report("a", {})])
+    folder.on_round(Round(1, {"counted": 2.0, "loss": math.nan}, reports, [Failure("c", 1, "why")]))
     folder.close()
-    train, evaluate = folder.lines("clients.jsonl")
+    evaluate, train = folder.lines("clients.jsonl")
 
     assert next(folder.lines("metrics.jsonl")) == {"round": 1, "counted": 2, "loss": None}
     assert train == {

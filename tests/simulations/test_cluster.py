@@ -90,7 +90,7 @@ class Watch:
     def on_round(self, *_: Any, **__: Any) -> None:
         return
 
-    on_answers = on_checkpoint = on_round
+    on_answers = on_evaluations = on_checkpoint = on_round
 
 
 def assignment(strategy: Strategy, client: Client | None = None, make: Callable[[], nn.Module] = model) -> Assignment:
