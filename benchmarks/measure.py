@@ -127,8 +127,9 @@ class Watch:
     """
 
     def __init__(self, root: int) -> None:
-        self._tree, self._cheap, self._peak, self._done = set[Process](), 0, 0, threading.Event()
-        self._root = root
+        # Nobody has waited for the root yet, so its number is not used again.
+        self._tree = {process for process in _parents() if process[0] == root}
+        self._cheap, self._peak, self._done = 0, 0, threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 
@@ -144,7 +145,6 @@ class Watch:
     def _alive(self) -> set[Process]:
         """The root and all that descend from it, now and, if their parents are gone, since."""
         parents, grown = _parents(), True
-        self._tree |= {process for process in parents if process[0] == self._root}
         while grown:  # until a pass over all processes finds no further child
             known = {pid for pid, _ in self._tree & parents.keys()}
             found = {process for process, parent in parents.items() if parent in known} - self._tree

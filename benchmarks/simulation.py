@@ -140,6 +140,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--without", nargs="+", default=[], help="patterns")
     parser.add_argument("--list", action="store_true", help="list workloads and contenders")
     parser.add_argument("--rounds", type=int, help="in place of the workload's own, at least 3")
+    parser.add_argument("--repetitions", type=int, default=REPETITIONS)
     parser.add_argument("--quick", action="store_true", help="see that it works: once, few rounds of few clients")
     parser.add_argument("--force", action="store_true", help="measure although the machine is busy")
     parser.add_argument("--out", type=Path, default=RESULTS / "latest.json")
@@ -168,7 +169,7 @@ def main() -> int:
         )
         print(f"\n{name}: {work.title}", flush=True)
         with prepared(work) as task:
-            runs = run(task, names, 1 if asked.quick else REPETITIONS)
+            runs = run(task, names, 1 if asked.quick else asked.repetitions)
             lines = figures(task, runs, CONTENDERS, references(task, runs))
             report["workloads"][name] = heading(work, task) | {"lines": lines}
         failures |= {f"{name}, {contender}": why for contender, why in wrong(work, lines, CONTENDERS).items()}

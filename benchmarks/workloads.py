@@ -102,8 +102,8 @@ def _texts(count: int, places: int, generator: torch.Generator) -> tuple[Tensor,
 
 
 TINY = Workload("LR 784→10, 1,000 clients × 60", "logistic", (784,), shards=1000, examples=60, cohort=100, rounds=100)
-IMAGES: Any = {"shape": (3, 32, 32), "examples": 50, "cohort": 50, "lr": 0.1}
-CNN = Workload("pfl's CNN on 3×32×32, 1,000 clients × 50", "pfl-cnn", shards=1000, rounds=6, tolerance=0.1, **IMAGES)
+IMAGES: Any = {"shape": (3, 32, 32), "examples": 50, "cohort": 50}
+CNN = Workload("pfl's CNN on 3×32×32, 1,000 clients × 50", "pfl-cnn", shards=1000, rounds=6, tolerance=0.05, **IMAGES)
 GRU = Workload(
     "character GRU 128, 100 clients × 40 texts",
     "gru",
@@ -120,7 +120,14 @@ WORKLOADS: Mapping[str, Workload] = {
     "lr-tiny": TINY,
     "2nn": replace(TINY, title="2NN, 1,000 clients × 60", net="2nn", rounds=50, short=15, tolerance=1e-2),
     "lenet": Workload(
-        "LeNet on 3×32×32, 500 clients × 50", "lenet", shards=500, rounds=40, short=15, tolerance=0.05, **IMAGES
+        "LeNet on 3×32×32, 500 clients × 50",
+        "lenet",
+        shards=500,
+        rounds=40,
+        short=15,
+        tolerance=0.05,
+        lr=0.02,
+        **IMAGES,
     ),
     "pfl-cnn": CNN,
     "skewed": replace(TINY, title="2NN, 1,000 clients × 5 to 500", net="2nn", skewed=True, rounds=15, tolerance=1e-2),
