@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any
 
 from shoal.compose import Composition
+from shoal.memory import memory_mb
 from shoal.progress import Display, Opening
 from shoal.protos.parameters import Segment
 from shoal.run import Run, summarise
@@ -49,7 +50,7 @@ class Execution:
     def run(self, point: Checkpoint) -> Run:
         """To the end or to an interrupt; the summary says which, whatever happens."""
         experiment, folder, show = self.composition.experiment, self.folder, self.show
-        began, status = time.perf_counter(), "failed"
+        began, status, memory = time.perf_counter(), "failed", memory_mb()
         folder.write("summary.json", {"status": "running", "name": experiment.name})
         try:
             size = point.layout.size(Segment.TRAINABLE)
@@ -58,16 +59,19 @@ class Execution:
             with closing(self.make_fleet()) as fleet:
                 fleet.keep_in(folder.path)
                 coordinator = self.composition.coordinator(fleet, point, [folder, show])
-                with _interruptible(coordinator, show, self.grace):
-                    self.ready(coordinator)
-                    point = coordinator.run()
+                try:
+                    with _interruptible(coordinator, show, self.grace):
+                        self.ready(coordinator)
+                        point = coordinator.run()
+                finally:
+                    memory = memory_mb()  # before the workers end
             status = "finished" if point.round >= experiment.rounds else "interrupted"
         except KeyboardInterrupt:
             status = "interrupted"
             raise
         finally:
             ended = {"status": status, "name": experiment.name, "wall_seconds": time.perf_counter() - began}
-            folder.write("summary.json", summarise(folder, experiment.target) | ended)
+            folder.write("summary.json", summarise(folder, experiment.target) | ended | {"memory_mb": memory})
             show.close()
             if status != "failed":
                 show.finished(Run(folder.path))

@@ -319,8 +319,10 @@ def _print_summary(console: Console, run: Run) -> None:
     for name, reached in s.get("target", {}).items():
         when = "not reached" if reached["round"] is None else f"reached in round {reached['round']}"
         console.print(f"  target {name} {reached['value']:g} {when}", markup=False)
-    traffic = f"  {_size(s['bytes_up'])} up, {_size(s['bytes_down'])} down"
-    console.print(traffic + (f", {s['failed']} client failures" if s["failed"] else ""), markup=False)
+    spent = [f"{_size(s['bytes_up'])} up", f"{_size(s['bytes_down'])} down"]
+    spent += [f"{s['memory_mb']:.0f} MB of memory"] if s["memory_mb"] else []
+    spent += [f"{s['failed']} client failures"] if s["failed"] else []
+    console.print(f"  {', '.join(spent)}", markup=False)
     console.print(f"  run     {run.path}", markup=False)
     if s["status"] != "finished":
         console.print(f"  resume  shoal resume {run.path}", markup=False)

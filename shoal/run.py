@@ -37,7 +37,7 @@ class Run:
 
     @cached_property
     def summary(self) -> dict[str, Any]:
-        """Status, last and best numbers, targets reached."""
+        """Status, last and best numbers, targets reached; ``memory_mb`` is the most that the processes held."""
         return self._folder.read("summary.json")
 
     @property
