@@ -100,7 +100,9 @@ class Numbered(Sequence[str]):
         return str(numbers) if isinstance(numbers, int) else [str(number) for number in numbers]
 
     def __contains__(self, client: object) -> bool:
-        return isinstance(client, str) and client.isdecimal() and str(int(client)) == client and int(client) < self.n
+        if not isinstance(client, str) or not client.isdecimal() or len(client) > len(str(self.n)):
+            return False
+        return str(int(client)) == client and int(client) < self.n
 
 
 @final

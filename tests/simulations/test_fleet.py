@@ -9,6 +9,7 @@ import sys
 import textwrap
 from collections.abc import Mapping
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,12 @@ from torch import nn
 
 from shoal import Client, Experiment, LocalTraining, Run, Scaffold, Work
 from shoal.client.data import Shard
+from shoal.compose import Composition
+from shoal.memory import memory_mb
 from shoal.protos.errors import ExperimentError, RoundError
+from shoal.simulations import fleet as fleets
 from shoal.simulations.federated import ArrayData, LazyData, Numbered
+from shoal.simulations.fleet import SimulatedFleet
 from shoal.simulations.states import ClientStates
 
 N = 40
@@ -258,3 +263,52 @@ def test_a_million_clients_cost_their_cohort(tmp_path: Path) -> None:
 
     assert run.status == "finished"
     assert len(made) < 20
+
+
+def test_a_million_clients_are_evaluated_as_they_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No list of all is made: neither of jobs, nor of shards, nor of answers."""
+    monkeypatch.setattr(fleets, "AT_ONCE", 100)
+    made = list[str]()
+
+    def shard(client: str) -> Shard:
+        made.append(client)
+        x, y = torch.ones(2, 4), torch.tensor([0, 1])
+        return Shard(x, y, x, y)
+
+    lazy = LazyData(Numbered(1_000_000), shard, classes=3)
+    composition = Composition(Experiment(model=model, data=lazy, cohort=5))
+    with closing(SimulatedFleet(composition.assignment)) as fleet:
+        coordinator = composition.coordinator(fleet, composition.start(), [])
+        ask = coordinator.ask(1)
+        answers = fleet.evaluate(replace(ask, cohort=fleet.population, goal=len(fleet.population)))
+        first = [next(answers) for _ in range(101)]
+
+    assert [answer.client for answer in first] == [str(client) for client in range(101)]
+    assert len(made) <= 210
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(memory_mb() is None, reason="the system does not tell")
+@pytest.mark.parametrize("strategy", ["FedAvg()", "Scaffold()"])
+def test_a_million_clients_take_the_memory_of_their_cohort(tmp_path: Path, strategy: str) -> None:
+    """A run of a thousand, then one of a million in the same process, whose peak is to be no higher."""
+    code = f"""
+        import torch, shoal
+        from shoal import datasets
+        from shoal.client.data import Shard
+        from shoal.memory import memory_mb
+
+        def shard(client):
+            x, y = torch.full((4, 50), float(client) / 1e6), torch.tensor([0, 1, 2, 0])
+            return Shard(x[:3], y[:3], x[3:], y[3:])
+
+        for clients in (1_000, 1_000_000):
+            data = datasets.LazyData(datasets.Numbered(clients), shard, classes=3)
+            made = shoal.Experiment(model="linear", data=data, rounds=20, cohort=50, strategy=shoal.{strategy})
+            made.simulate(workers=0, out={str(tmp_path)!r}, progress="none")
+            print(memory_mb())
+    """
+    said = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+    few, many = map(float, said.stdout.split())
+
+    assert many < few + 20
