@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from shoal.protos.errors import RoundError
-from shoal.strategies.base import Update, vector
+from shoal.strategies.base import Update, number, vector
 from shoal.strategies.mean import WeightedMean
 
 UPDATES = [Update(torch.tensor([1.0, -2.0]), 30.0), Update(torch.tensor([5.0, 2.0]), 10.0)]
@@ -16,10 +16,8 @@ UPDATES = [Update(torch.tensor([1.0, -2.0]), 30.0), Update(torch.tensor([5.0, 2.
 
 def mean_of(mean: WeightedMean, updates: list[Update]) -> torch.Tensor:
     terms = [mean.contribute(update) for update in updates]
-    weights = [term["weight"] for term in terms]
-    return mean.finish(
-        {"delta": torch.stack([vector(term, "delta") for term in terms]).sum(0), "weight": sum(map(float, weights))}
-    )
+    weights = [number(term, "weight") for term in terms]
+    return mean.finish({"delta": torch.stack([vector(term, "delta") for term in terms]).sum(0), "weight": sum(weights)})
 
 
 def test_by_examples() -> None:
