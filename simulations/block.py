@@ -6,6 +6,7 @@ and nothing is padded. So clients should stand in the order of their numbers of 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,9 +22,10 @@ from shoal.client.net import Net
 from shoal.client.optimizers import clip_, optimizer_for
 from shoal.client.trainer import LeanTrainer, Turn
 from shoal.protos import seeds
-from shoal.simulations.capture import Draw, record
+from shoal.simulations.capture import record
 from shoal.simulations.gathering import Examples
 from shoal.simulations.stacking import stack
+from shoal.simulations.step import Draw
 from shoal.strategies.base import Drift, Update, drift_at
 from shoal.strategies.sums import Carried
 
@@ -50,7 +52,7 @@ class Programs:
         """For batches ``[K, b, ...]``; :class:`~shoal.simulations.capture.Unsuitable` if there can be none."""
         key = x.shape[1:], x.dtype, y.shape[1:], y.dtype
         if key not in self._made:
-            step = record(self.net, loss_named(self.local.loss), x[0], y[0])
+            step = record(self.net, loss_named(self.local.loss), x, y)
             self._made[key] = Program(
                 stack(step, fuse=self.fuse), step.draws, [gradient is not None for gradient in step.gradients]
             )
@@ -167,7 +169,8 @@ class BlockTrainer:
 
     def _mask(self, draw: Draw, part: slice) -> Tensor:
         """Each client's from its own stream, as the lean engine would draw it."""
-        masks = torch.empty(part.stop - part.start, *draw.shape, dtype=draw.dtype, device=self._net.flat.device)
+        shape, stride = (part.stop - part.start, *draw.shape), (math.prod(draw.shape), *draw.stride)
+        masks = torch.empty_strided(shape, stride, dtype=draw.dtype, device=self._net.flat.device)
         for mask, generator in zip(masks, self._generators[part], strict=True):
             mask.bernoulli_(draw.p, generator=generator)
         return masks

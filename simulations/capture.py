@@ -8,83 +8,65 @@ clients at once.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from shoal.client.losses import Loss
 from shoal.client.net import Net
-from shoal.protos.errors import ExperimentError
 from shoal.protos.parameters import Segment
+from shoal.simulations.step import Draw, Step, Unsuitable, memory, views, written
+from shoal.simulations.watching import Readers, outside, random_state
 
-__all__ = ["Draw", "Step", "Unsuitable", "live", "record", "views", "writes"]
+__all__ = ["record"]
 
 aten = torch.ops.aten
 
 
-class Unsuitable(ExperimentError):
-    """This model or training cannot be stacked; the message says why."""
-
-
-@dataclass(frozen=True)
-class Draw:
-    """A random mask (dropout): ones with probability ``p``, in the ``shape`` of one client's tensor."""
-
-    node: fx.Node
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    p: float
-
-
-@dataclass(frozen=True)
-class Step:
-    """The recorded step of one client; each node knows its ``meta["shape"]``."""
-
-    graph: fx.Graph
-    weights: Sequence[fx.Node]
-    buffers: Sequence[fx.Node]
-    counters: Sequence[fx.Node]
-    x: fx.Node
-    y: fx.Node
-    draws: Sequence[Draw]
-    constants: dict[fx.Node, Tensor]
-    loss: fx.Node
-    gradients: Sequence[fx.Node | None]  # None where the loss does not reach a weight
-
-    @property
-    def inputs(self) -> Sequence[fx.Node]:
-        """Weights, buffers, counters, x, y and draws."""
-        draws = [draw.node for draw in self.draws]
-        return [*self.weights, *self.buffers, *self.counters, self.x, self.y, *draws]
-
-    def same_as(self, other: Step) -> bool:
-        """Whether another recording did the same: a model whose code branches does not."""
-        return _told(self) == _told(other) and all(
-            torch.equal(a, b) for a, b in zip(self.constants.values(), other.constants.values(), strict=True)
-        )
-
-
 def record(net: Net, loss: Loss, x: Tensor, y: Tensor) -> Step:
-    """Record one step on a batch, twice; :class:`Unsuitable` for what cannot be replayed. The net is left as it was."""
-    buffers, counters = net.read(Segment.BUFFERS), net.read(Segment.COUNTERS)
-    training = net.module.training
-    try:
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            net.module.train()
-            first, again = (_Recorder(net).run(loss, x.clone(), y.clone()) for _ in range(2))
-    finally:
-        net.module.train(training)
-        net.restore(buffers, counters)
-    if not first.same_as(again):
-        raise Unsuitable("the model does not do the same in each step")
-    if net.arrange(x) is not x and any(len(draw.shape) == 4 for draw in first.draws):
-        raise Unsuitable("it drops out of images, whose masks the lean engine draws with their channels last")
+    """Record one step on batches ``[K, b, ...]`` of some clients; :class:`Unsuitable` for what cannot be replayed.
+
+    It is recorded again with other values, so that a model which treats these differently is found. The net is left as
+    it was.
+    """
+    with _as_it_was(net):
+        first = _Recorder(net).run(loss, x[0].clone(), y[0].clone())
+        kept = outside(net.module)
+        other = x[-1].flip(0) / 2 if x.is_floating_point() else x[-1].flip(0)
+        again = _Recorder(net).run(loss, other, y[-1].flip(0))
+        if kept != outside(net.module):
+            raise Unsuitable("the model counts or draws in Python while it runs")
+        if not first.same_as(again):
+            raise Unsuitable("the model does not do the same in each step")
+        if first.draws and _Recorder(net).run(loss, net.arrange(x[0].clone()), y[0].clone()).masks() != first.masks():
+            raise Unsuitable("it drops out of images, whose masks the lean engine draws with their channels last")
     return first
+
+
+@contextmanager
+def _as_it_was(net: Net) -> Iterator[None]:
+    """Set for training, as the lean engine does it, and put back. Not with oneDNN: its LSTM cannot be taken apart."""
+    mkldnn: Any = torch.backends.mkldnn
+    buffers, counters, enabled = net.read(Segment.BUFFERS), net.read(Segment.COUNTERS), mkldnn.enabled
+    modes: list[tuple[nn.Module, bool]] = [(module, module.training) for module in net.module.modules()]
+    try:
+        mkldnn.enabled = False
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            if not net.module.training:
+                net.module.train()
+            yield
+    finally:
+        mkldnn.enabled = enabled
+        for module, training in modes:
+            module.training = training
+        net.restore(buffers, counters)
 
 
 @dataclass
@@ -95,8 +77,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     graph: fx.Graph = field(default_factory=fx.Graph)
     nodes: dict[int, fx.Node] = field(default_factory=dict)
     alive: list[Tensor] = field(default_factory=list)  # an id is a tensor's own only while it lives
+    storages: set[int] = field(default_factory=set)  # of all tensors but the constants
     constants: dict[fx.Node, Tensor] = field(default_factory=dict)
     draws: list[Draw] = field(default_factory=list)
+    dice: Tensor = field(init=False)  # the state of the random generator after the last draw
 
     def __post_init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -108,86 +92,174 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def run(self, loss: Loss, x: Tensor, y: Tensor) -> Step:
         net = self.net
-        weights = [self._input(f"w{i}", w) for i, w in enumerate(net.weights)]
-        buffers = [self._input(f"b{i}", b) for i, b in enumerate(net.tensors(Segment.BUFFERS))]
-        counters = [self._input(f"c{i}", c) for i, c in enumerate(net.tensors(Segment.COUNTERS))]
-        inputs = self._input("x", x), self._input("y", y)
-        with self:
+        weights = [self._input(f"w{i}", weight, net.dtype) for i, weight in enumerate(net.weights)]
+        buffers, counters = net.tensors(Segment.BUFFERS), net.tensors(Segment.COUNTERS)
+        floats = [self._input(f"b{i}", buffer, net.dtype) for i, buffer in enumerate(buffers)]
+        whole = [self._input(f"c{i}", counter, torch.int64) for i, counter in enumerate(counters)]
+        inputs = self._input("x", x, x.dtype), self._input("y", y, y.dtype)
+        held = {tensor: tensor.data_ptr() for tensor in (*net.weights, *buffers, *counters)}
+        self.dice = random_state(x.device)
+        with Readers(self._refuse_reader), self:
             value = loss(net.module(x), y)
             found = torch.autograd.grad(value, net.weights, allow_unused=True)
-        gradients = [None if g is None else self._node(g) for g in found]
-        self.graph.output((self._node(value), *(g for g in gradients if g is not None)))
-        loss_node = self.nodes[id(value)]
-        return Step(self.graph, weights, buffers, counters, *inputs, self.draws, self.constants, loss_node, gradients)
+        if any(tensor.data_ptr() != address for tensor, address in held.items()):
+            raise Unsuitable("the model gives a tensor of its state other memory (.data = …)")
+        results = [None if tensor is None else self._result(tensor) for tensor in (value, *found)]
+        now = [*net.tensors(Segment.BUFFERS), *net.tensors(Segment.COUNTERS)]
+        self._keep(zip((*floats, *whole), (*buffers, *counters), now, strict=True))
+        self.graph.output(tuple(node for node in results if node is not None))
+        assert results[0] is not None
+        return Step(self.graph, weights, floats, whole, *inputs, self.draws, self.constants, results[0], results[1:])
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = op(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded in op.tags and not _without_dropout(op, args, kwargs):
+            return self._draw(op, args, kwargs)
+        if _looks(op, args):
+            raise Unsuitable(f"the model looks at values while it runs ({op})")
+        out = op(*args, **kwargs)
         if op is aten.detach.default:  # of no effect outside autograd
             self._bind(out, self._node(args[0]))
-            return out
-        if torch.Tag.data_dependent_output in op.tags or torch.Tag.dynamic_output_shape in op.tags:
-            raise Unsuitable(f"the model looks at values while it runs ({op})")
-        if torch.Tag.nondeterministic_seeded in op.tags and not _without_dropout(op, args, kwargs or {}):
-            self._drawn(op, args, out)
-            return out
-        if op._schema.is_mutable:
-            self._refuse_foreign(op, args)
-        node = self.graph.call_function(op, _mapped(args, self._node), _mapped(kwargs or {}, self._node))
-        if isinstance(out, Tensor):
-            self._bind(out, node)
+        elif any(argument.is_out for argument in op._schema.arguments):
+            self._copy_out(op, args, kwargs)
+        elif op is aten.lift_fresh.default:  # torch.tensor(…) in the model's code: made anew in each step
+            self._call(aten.clone.default, (out.clone(),), {}, out)
         else:
-            for i, part in enumerate(out):
-                if isinstance(part, Tensor):
-                    self._bind(part, self.graph.call_function(operator.getitem, (node, i)))
+            self._call(op, args, kwargs, out)
         return out
 
-    def _input(self, name: str, tensor: Tensor) -> fx.Node:
-        node = self.graph.placeholder(name)
-        self._bind(tensor, node)
+    def _call(self, op: OpOverload, args: Any, kwargs: Mapping[str, Any], out: Any) -> fx.Node:
+        node = self.graph.call_function(op, tree_map(self._known, args), tree_map(self._known, dict(kwargs)))
+        if any(memory(changed) in self.constants for changed in written(node)):
+            raise Unsuitable("the model changes a tensor that is not part of its state")
+        inside = memory(node.all_input_nodes[0]) if views(node) and node.all_input_nodes else None
+        if isinstance(out, Tensor):
+            self._bind(out, _described(node, out, inside))
+        elif out is None and not written(node):
+            raise Unsuitable(f"the model looks at values while it runs ({op})")
+        else:
+            for i, part in enumerate(out or ()):
+                if isinstance(part, Tensor):
+                    self._bind(part, _described(self.graph.call_function(operator.getitem, (node, i)), part, inside))
+        return node
+
+    def _copy_out(self, op: OpOverload, args: Any, kwargs: Mapping[str, Any]) -> None:
+        """``out=``: what the operation gives, copied."""
+        functional = _functional(op)
+        if functional is None or not isinstance(out := kwargs.get("out"), Tensor):
+            raise Unsuitable(f"the model has its results written into several tensors ({op})")
+        given = {name: value for name, value in kwargs.items() if name != "out"}
+        if tuple(out.shape) != self._node(out).meta["shape"]:
+            raise Unsuitable(f"the model has a tensor resized by out= ({op})")
+        result = functional(*args, **given)
+        self._call(functional, args, given, result)
+        self._call(aten.copy_.default, (out, result), {}, out)
+
+    def _input(self, name: str, tensor: Tensor, dtype: torch.dtype) -> fx.Node:
+        """In a block it has this ``dtype``: a buffer of another one, such as a mask, is restored to its own."""
+        node = used = _described(self.graph.placeholder(name), tensor)
+        if tensor.dtype != dtype:
+            cast = self.graph.call_function(aten._to_copy.default, (node,), {"dtype": tensor.dtype})
+            used = _described(cast, tensor)
+        self._bind(tensor, used)
         return node
 
     def _bind(self, tensor: Tensor, node: fx.Node) -> None:
-        node.meta["shape"] = tuple(tensor.shape)
         self.nodes[id(tensor)] = node
         self.alive.append(tensor)
+        if memory(node) not in self.constants:
+            self.storages.add(tensor.untyped_storage()._cdata)
+
+    def _known(self, value: Any) -> Any:
+        return self._node(value) if isinstance(value, Tensor) else value
 
     def _node(self, tensor: Tensor) -> fx.Node:
         """The tensor's node; a tensor that nobody made here is a constant of the model."""
         if id(tensor) not in self.nodes:
-            with self.graph.inserting_before(next(iter(self.graph.nodes), None)):
-                node = self.graph.placeholder(f"k{len(self.constants)}")
+            node = _described(self._before_all(f"k{len(self.constants)}"), tensor)
+            if tensor.untyped_storage()._cdata in self.storages:
+                raise Unsuitable("the model reaches a tensor by a way that cannot be followed")
             self.constants[node] = tensor.detach()
             self._bind(tensor, node)
         return self.nodes[id(tensor)]
 
-    def _drawn(self, op: OpOverload, args: Any, out: Tensor) -> None:
-        if op is not aten.bernoulli_.float or len(args) < 2 or not out.is_contiguous():
+    def _before_all(self, name: str) -> fx.Node:
+        with self.graph.inserting_before(next(iter(self.graph.nodes), None)):
+            return self.graph.placeholder(name)
+
+    def _draw(self, op: OpOverload, args: Any, kwargs: Mapping[str, Any]) -> Tensor:
+        """Dropout fills an empty tensor of its own, which becomes an input; its bits follow those of the last draw."""
+        tensor: Any = args[0] if args and isinstance(args[0], Tensor) else None
+        if op is not aten.bernoulli_.float or kwargs.get("generator") is not None or not self._alone(tensor):
             raise Unsuitable(f"the model draws random numbers with {op}; only dropout can be repeated client by client")
-        with self.graph.inserting_before(next(iter(self.graph.nodes))):
-            node = self.graph.placeholder(f"d{len(self.draws)}")
+        if not torch.equal(self.dice, random_state(tensor.device)):
+            raise Unsuitable("the model sets the state of the random generator")
+        out: Tensor = op(*args)
+        self.dice = random_state(tensor.device)
+        node = _described(self._before_all(f"d{len(self.draws)}"), out)
         self._bind(out, node)
-        self.draws.append(Draw(node, tuple(out.shape), out.dtype, float(args[1])))
+        p = float(args[1]) if len(args) > 1 else 0.5
+        self.draws.append(Draw(node, tuple(out.shape), out.stride(), out.dtype, p))
+        return out
 
-    def _refuse_foreign(self, op: OpOverload, args: Any) -> None:
-        """A write into what is not the client's own would reach the next client."""
-        for given, argument in zip(args, op._schema.arguments, strict=False):
-            written = argument.alias_info is not None and argument.alias_info.is_write
-            if written and isinstance(given, Tensor) and self._node(given) in self.constants:
-                raise Unsuitable("the model changes a tensor that is not part of its state")
+    def _alone(self, tensor: Tensor | None) -> bool:
+        """Whether an operation made this tensor's memory, and nothing else lies in it."""
+        node = self.nodes.get(id(tensor))
+        return (
+            node is not None
+            and node.op == "call_function"
+            and [n for n in self.graph.nodes if memory(n) is node] == [node]
+        )
+
+    def _result(self, tensor: Tensor) -> fx.Node:
+        """In memory of its own: weights change before a gradient that lies in one is read."""
+        node = self._node(tensor)
+        return self._copied(node, tensor) if memory(node).op == "placeholder" else node
+
+    def _copied(self, node: fx.Node, tensor: Tensor) -> fx.Node:
+        return _described(self.graph.call_function(aten.clone.default, (node,)), tensor)
+
+    def _keep(self, buffers: Iterable[tuple[fx.Node, Tensor, Tensor]]) -> None:
+        """Copy back what was bound to a buffer's name anew, or changed in the buffer's own dtype."""
+        changed = {memory(target) for node in self.graph.nodes for target in written(node)}
+        copies = list[tuple[fx.Node, fx.Node]]()
+        for buffer, before, now in buffers:
+            node = self._node(now)
+            if now.shape != before.shape:
+                raise Unsuitable("the model changes the shape of a buffer")
+            if now is not before or (memory(node) is not buffer and memory(node) in changed):
+                copies.append((buffer, self._copied(node, now)))
+        for buffer, copy in copies:
+            self.graph.call_function(aten.copy_.default, (buffer, copy)).meta |= buffer.meta
+
+    def _refuse_reader(self, tensor: Tensor, by: str) -> None:
+        if id(tensor) in self.nodes:
+            raise Unsuitable(f"the model looks at values while it runs ({by})")
 
 
-def live(graph: fx.Graph, results: Iterable[fx.Node]) -> set[fx.Node]:
-    """The operations that these results need, and those that write into a tensor."""
-    needed = set(results) | {node for node in graph.nodes if writes(node)}
-    for node in reversed(graph.nodes):
-        if node in needed:
-            needed.update(node.all_input_nodes)
-    return needed
+def _described(node: fx.Node, tensor: Tensor, inside: fx.Node | None = None) -> fx.Node:
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        raise Unsuitable("the model works with sparse or nested tensors")
+    node.meta |= {"shape": tuple(tensor.shape), "stride": tensor.stride(), "dtype": tensor.dtype}
+    node.meta["memory"] = inside or node
+    return node
 
 
-def views(node: fx.Node) -> bool:
-    """Whether the result may share memory with an argument."""
-    return isinstance(node.target, OpOverload) and any(r.alias_info for r in node.target._schema.returns)
+def _looks(op: OpOverload, args: Sequence[Any]) -> bool:
+    """Whether the values of tensors decide what comes out, or of which shape."""
+    if op is aten.index.Tensor:  # only a mask chooses how many
+        return any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) for i in tree_leaves(args[1]))
+    return torch.Tag.data_dependent_output in op.tags or torch.Tag.dynamic_output_shape in op.tags
+
+
+def _functional(op: OpOverload) -> OpOverload | None:
+    """The same operation without ``out=``."""
+    wanted = [(argument.name, str(argument.type)) for argument in op._schema.arguments if not argument.is_out]
+    for name in op.overloadpacket.overloads():
+        found: OpOverload = getattr(op.overloadpacket, name)
+        if [(argument.name, str(argument.type)) for argument in found._schema.arguments] == wanted:
+            return found
+    return None
 
 
 def _without_dropout(op: OpOverload, args: Any, kwargs: Any) -> bool:
@@ -195,16 +267,3 @@ def _without_dropout(op: OpOverload, args: Any, kwargs: Any) -> bool:
     given = dict(zip((argument.name for argument in op._schema.arguments), args, strict=False)) | kwargs
     names = {argument.name for argument in op._schema.arguments}
     return "dropout_p" in names and not given.get("dropout_p", 0.0)
-
-
-def writes(node: fx.Node) -> bool:
-    """Whether the operation changes an argument."""
-    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
-
-
-def _mapped(value: Any, node: Callable[[Tensor], fx.Node]) -> Any:
-    return torch.utils._pytree.tree_map(lambda leaf: node(leaf) if isinstance(leaf, Tensor) else leaf, value)
-
-
-def _told(step: Step) -> list[str]:
-    return [f"{node.op} {node.target} {node.args} {node.kwargs}" for node in step.graph.nodes]

@@ -20,8 +20,8 @@ from shoal.client.participant import Participant, failure
 from shoal.protos.messages import Failure
 from shoal.server.fleet import Part, Report
 from shoal.simulations.blocks import BlockParticipant, Method, blocks, columns, row
-from shoal.simulations.capture import Unsuitable
 from shoal.simulations.federated import FederatedData
+from shoal.simulations.step import Unsuitable
 from shoal.strategies.base import Context, Mine, State, Strategy, Update
 from shoal.strategies.sums import LEAF, Carried, Contribution, RunningSum, contribute, contributions
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
-from shoal.simulations.capture import Unsuitable
+from shoal.simulations.step import Unsuitable, memory
 
 if TYPE_CHECKING:
     from shoal.simulations.stacking import Stacking
@@ -50,12 +50,12 @@ def rule(*targets: Any) -> Callable[[Rule], Rule]:
 
 
 @rule(aten.ones_like.default, aten.zeros_like.default, aten.empty_like.default, aten.clone.default, aten.alias.default)
-@rule(aten._to_copy.default, aten.fill_.Scalar, aten.copy_.default)
+@rule(aten._to_copy.default, aten.fill_.Scalar, aten.copy_.default, aten._conj.default, aten._neg_view.default)
 def _pointwise(s: Stacking, node: Any) -> fx.Node | None:
     """As it is, once each client's tensor has the result's rank."""
-    writes = node.target._schema.is_mutable
-    if writes and not s.stacked(node.args[0]):
-        return None
+    dtypes = {n.meta["dtype"] for n in node.all_input_nodes}
+    if len(dtypes) > 1 and any(rank(n) == 0 < rank(node) and s.stacked(n) for n in node.all_input_nodes):
+        return None  # a number has less to say about the result's dtype than a vector
 
     def widened(value: Any) -> Any:
         if not s.stacked(value):
@@ -79,7 +79,7 @@ def view_each(x: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def reshape_each(x: Tensor, shape: Sequence[int]) -> Tensor:
-    """The same where nothing is written into views: an operation may have laid the clients out in another order."""
+    """The same where nothing is written into it: an operation may have laid the clients out in another order."""
     return x.reshape(x.shape[0], *shape)
 
 
@@ -91,7 +91,8 @@ def expand_each(x: Tensor, shape: Sequence[int]) -> Tensor:
 
 @rule(aten.view.default, aten._unsafe_view.default)
 def _view(s: Stacking, node: Any) -> fx.Node:
-    return s.call(view_each if s.writes else reshape_each, s.now(node.args[0]), list(node.meta["shape"]))
+    form = view_each if memory(node) in s.changed else reshape_each
+    return s.call(form, s.now(node.args[0]), list(node.meta["shape"]))
 
 
 @rule(aten.expand.default)
@@ -109,17 +110,21 @@ def _t(s: Stacking, node: Any) -> fx.Node | None:
     *(aten._softmax.default, aten._log_softmax.default, aten._softmax_backward_data.default),
     *(aten._log_softmax_backward_data.default, aten.permute.default, aten.cumsum.default, aten.flip.default),
     *(aten.gather.default, aten.squeeze.dims, aten.sum.dim_IntList, aten.mean.dim, aten.amax.default),
+    *(aten.amin.default, aten.scatter.value, aten.scatter.src, aten.scatter_.value, aten.scatter_.src),
+    *(aten.scatter_add.default, aten.scatter_add_.default),
 )
 def _along(s: Stacking, node: Any) -> fx.Node | None:
     """Operations along named dimensions, which move up by one."""
     op: OpOverload = node.target
     tensors, first = node.all_input_nodes, rank(node.all_input_nodes[0])
-    given = dict(zip((argument.name for argument in op._schema.arguments), node.args, strict=False))
-    if not (all(map(s.stacked, tensors)) and first) or (op is aten.unsqueeze.default and given["dim"] < 0):
+    ranks = first + 1 if op is aten.unsqueeze.default else first
+    given = {a.name: a.default_value for a in op._schema.arguments if not a.kwarg_only}
+    given |= dict(zip(given, node.args, strict=False))
+    if not all(map(s.stacked, tensors)) or not first:
         return None
-    if op in (aten.sum.dim_IntList, aten.mean.dim):
+    if op in (aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.amin.default):
         given["dim"] = given["dim"] or list(range(first))
-    moved = {name: _up(value, first) if name in DIMENSIONS else s.now(value) for name, value in given.items()}
+    moved = {name: _up(value, ranks) if name in DIMENSIONS else s.now(value) for name, value in given.items()}
     if op is aten.permute.default:
         moved["dims"] = [0, *moved["dims"]]
     return s.call(op, *moved.values(), **node.kwargs)
@@ -129,12 +134,27 @@ def _up(dim: Any, rank: int) -> Any:
     return [_up(d, rank) for d in dim] if isinstance(dim, list | tuple) else dim % rank + 1
 
 
+@rule(aten.index_put.default, aten.index_put_.default)
+def _index_put(s: Stacking, node: Any) -> fx.Node | None:
+    """``x[mask] = number``; other values for a mask depend on how much of it is true."""
+    x, indices, value, *accumulate = node.args
+    if len(indices) > 1 or indices[0].meta["dtype"] is not torch.bool or rank(value) or any(accumulate):
+        return None
+    mask, number = s.now(indices[0]), s.now(value)
+    for _ in range(rank(x) - rank(indices[0])):
+        mask = s.call(aten.unsqueeze.default, mask, -1)
+    for _ in range(rank(x) if s.stacked(value) else 0):
+        number = s.call(aten.unsqueeze.default, number, -1)
+    filled = s.call(aten.where.self, mask, number, s.now(x))
+    return filled if node.target is aten.index_put.default else s.call(aten.copy_.default, s.now(x), filled)
+
+
 @rule(aten.sum.default, aten.mean.default)
 def _whole(s: Stacking, node: Any) -> fx.Node | None:
     (value,) = node.all_input_nodes
     along = aten.sum.dim_IntList if node.target is aten.sum.default else aten.mean.dim
     if not rank(value):
-        return s.made[value]
+        return s.call(aten.clone.default, s.made[value])
     return s.call(along, s.now(value), list(range(1, rank(value) + 1)), **node.kwargs)
 
 
@@ -165,7 +185,9 @@ def _addmm(s: Stacking, node: Any) -> fx.Node | None:
     bias, a, b = node.args
     if not all(s.stacked(side) for side in (bias, a, b)) or node.kwargs:
         return None
-    wide = s.call(aten.unsqueeze.default, s.now(bias), 1) if rank(bias) == 1 else s.now(bias)
+    wide = s.now(bias)
+    for _ in range(2 - rank(bias)):
+        wide = s.call(aten.unsqueeze.default, wide, 1)
     return s.call(aten.baddbmm.default, wide, s.now(a), s.now(b))
 
 
@@ -212,7 +234,7 @@ def batch_norm(
     """Over the clients' channels side by side. The running statistics change in place, which vmap would lose."""
     k, b, c = x.shape[:3]
     side_by_side = x.transpose(0, 1).reshape(b, k * c, *x.shape[3:])
-    w, v = (None if value is None else value.reshape(-1) for value in (weight, bias))
+    w, v = (None if value is None else value.expand(k, c).reshape(-1) for value in (weight, bias))
     running = mean.reshape(-1).clone(), var.reshape(-1).clone()
     out, *saved = aten.native_batch_norm(side_by_side, w, v, *running, True, momentum, eps)
     for kept, new in zip((mean, var), running, strict=True):
@@ -225,7 +247,6 @@ def _batch_norm(s: Stacking, node: Any) -> fx.Node | None:
     x, weight, bias, mean, var, training, momentum, eps = node.args
     if not training or mean is None:
         return None
-    given = [value for value in (x, weight, bias, mean, var) if value is not None]
-    if not all(map(s.stacked, given)):
-        raise Unsuitable("its batch normalisation is partly frozen or keeps its statistics outside of the state")
+    if not all(map(s.stacked, (x, mean, var))):
+        raise Unsuitable("its batch normalisation keeps its statistics outside of the state")
     return s.call(batch_norm, *s.now((x, weight, bias, mean, var)), momentum, eps)

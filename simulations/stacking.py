@@ -15,15 +15,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._ops import OpOverload
 
-from shoal.simulations.capture import Step, live, writes
 from shoal.simulations.fusing import Descent, descents
+from shoal.simulations.mapping import Mapped
 from shoal.simulations.rules import apply_rule
+from shoal.simulations.step import Step, live, memory, written
 
 __all__ = ["Stacking", "stack"]
 
 aten = torch.ops.aten
+
+
+def for_each(value: Tensor, x: Tensor) -> Tensor:
+    """A copy for each client."""
+    return value.expand(len(x), *value.shape).clone(memory_format=torch.contiguous_format)
 
 
 def stack(step: Step, *, fuse: bool) -> Callable[..., Any]:
@@ -42,7 +47,7 @@ class Stacking:
         self.step, self.graph, self.root = step, fx.Graph(), torch.nn.Module()
         self.made: dict[fx.Node, fx.Node] = {}
         self.shared = set(step.constants)  # nodes that are the same for all clients
-        self.writes = any(writes(node) and node.args[0] not in step.counters for node in step.graph.nodes)
+        self.changed = {memory(target) for node in step.graph.nodes for target in written(node)}
 
     def program(self, fuse: bool) -> fx.GraphModule:
         step = self.step
@@ -84,12 +89,15 @@ class Stacking:
     def _call(self, node: fx.Node) -> fx.Node:
         inputs = [n for n in node.all_input_nodes if n not in self.shared]
         if not inputs:
+            once = self.graph.node_copy(node, self.made.__getitem__)
+            if memory(node) in self.changed:  # a client's own: what is written may be
+                return self.call(for_each, once, self.made[self.step.x])
             self.shared.add(node)
-            return self.graph.node_copy(node, self.made.__getitem__)
+            return once
         if node.target is operator.getitem:
             return self.graph.node_copy(node, self.made.__getitem__)
         done = apply_rule(self, node)
-        return self._vmapped(node) if done is None else done
+        return self._mapped(node) if done is None else done
 
     # What rules are written with.
 
@@ -103,32 +111,11 @@ class Stacking:
         """The stacked form of an argument of the recorded graph."""
         return fx.node.map_arg(value, self.made.__getitem__)
 
-    def _vmapped(self, node: Any) -> fx.Node:
-        """The operation under vmap. None in place of a tensor stays None."""
-        op: OpOverload = node.target
-        flat, tree = torch.utils._pytree.tree_flatten((node.args, node.kwargs))
-        at = [i for i, value in enumerate(flat) if isinstance(value, fx.Node)]
-        axes = tuple(0 if self.stacked(flat[i]) else None for i in at)
-
-        def once(*tensors: Tensor) -> Any:
-            filled = list(flat)
-            for i, tensor in zip(at, tensors, strict=True):
-                filled[i] = tensor
-            args, kwargs = torch.utils._pytree.tree_unflatten(filled, tree)
-            out = op(*args, **kwargs)
-            if isinstance(out, Tensor):
-                return out
-            present.update(i for i, part in enumerate(out) if part is not None)
-            return tuple(part for part in out if part is not None)
-
-        present = set[int]()
-        mapped = torch.vmap(once, in_dims=axes)
+    def _mapped(self, node: Any) -> fx.Node:
+        mapped = Mapped(node.target, node.args, node.kwargs, [n for n in node.all_input_nodes if self.stacked(n)])
 
         def each(*tensors: Tensor) -> Any:
-            out = mapped(*tensors)
-            if isinstance(out, Tensor):
-                return out
-            return dict(zip(sorted(present), out, strict=True))  # indexed as the tuple would be
+            return mapped(*tensors)
 
-        each.__name__ = f"each_{op.__name__.replace('.', '_')}"
-        return self.call(each, *(self.made[flat[i]] for i in at))
+        each.__name__ = f"each_{node.name}"
+        return self.call(each, *map(self.made.__getitem__, mapped.nodes))
