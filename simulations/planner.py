@@ -61,7 +61,7 @@ def plan(fleet: SimulatedFleet, ask: Ask, engine: str = "auto", rounds: int = 1)
     refused: dict[str, str] = {name: reason for name, reason in unfit.items() if reason is not None}
     if engine == "auto" and len(refused) == len(ENGINES):
         return Plan(LEAN, fleet.crew.workers, {}, refused)
-    measure = _Measure(fleet, ask, rounds)
+    measure = _Measure(fleet, ask, rounds, engine != "auto")
     if engine == "auto" and not measure.worthwhile():
         return Plan(LEAN, fleet.crew.workers)
     for name in ENGINES:
@@ -82,12 +82,13 @@ def plan(fleet: SimulatedFleet, ask: Ask, engine: str = "auto", rounds: int = 1)
 class _Measure:
     """Trains clients of the first cohort with one method after the other; ``found`` has seconds per client-step."""
 
-    def __init__(self, fleet: SimulatedFleet, ask: Ask, rounds: int) -> None:
+    def __init__(self, fleet: SimulatedFleet, ask: Ask, rounds: int, named: bool) -> None:
         self._crew, self._ask, began = fleet.crew, ask, time.monotonic()
         self.found: dict[Method, float] = {}
         lean = self._train(LEAN, 1, tries=2)
         run = lean * len(ask.cohort) * rounds / self._crew.workers if lean < float("inf") else 0.0
-        self._ends = began + min(PATIENCE, SHARE * run) * (run > SHORT)
+        patience = min(PATIENCE, SHARE * run) if run > SHORT else 0.0
+        self._ends = began + (PATIENCE if named else patience)  # who names an engine wants its best block
         if self.worthwhile():
             self._train(LEAN, 1)
 
@@ -98,7 +99,7 @@ class _Measure:
     def blocks(self, engine: EngineName, parameters: Tensor) -> None:
         """Larger and larger blocks, as long as these gain and there is time."""
         most = min(-(-len(self._ask.cohort) // self._crew.workers), MEMORY // max(1, parameters.nbytes), BLOCKS[-1])
-        least = self.found[LEAN]
+        least = float("inf")
         for size in sorted({min(size, max(most, 1)) for size in BLOCKS}):
             self._train(Method(engine, size), size)
             seconds = self.found[Method(engine, size)]
