@@ -11,7 +11,7 @@ import sqlite3
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -47,10 +47,10 @@ DELETE FROM states WHERE rowid IN (
 
 
 class ClientStates:
-    """The settled states of a population, at most ``memory`` bytes of them in memory.
+    """The settled states of a population, at most ``memory`` bytes of them in memory, and those of the last round.
 
-    ``path`` is the file that outlives the process; None: a temporary one, which no checkpoint can refer to. RunError
-    from every method if the file cannot be read or written.
+    ``path`` is the file that outlives the process; None: a temporary one, which no checkpoint can refer to. All methods
+    but :meth:`put` raise RunError if the file cannot be read or written.
     """
 
     def __init__(self, path: Path | None = None, memory: int = MEMORY) -> None:
@@ -63,22 +63,25 @@ class ClientStates:
 
     def get(self, client: str) -> Mine | None:
         """A client's state, not to be changed in place; None if it has none."""
+        self._shrink()
         if client in self._cache:
             self._cache.move_to_end(client)
             return self._cache[client]
         found = None if self._rows is None else self._rows.read(client)
         if found is not None:
             self._remember(client, found)
-            self._shrink()
         return found
 
     def put(self, round: int, states: Mapping[str, Mine]) -> None:
-        """What a round has changed; copied, because workers only lend the memory that it lies in."""
+        """What a round has changed; copied, because workers only lend the memory that it lies in.
+
+        Nothing is written yet, which could fail: the server's state changes at the same time, or neither does.
+        """
+        copies = {client: {name: _copy(tensor) for name, tensor in mine.items()} for client, mine in states.items()}
+        for client, mine in copies.items():
+            self._remember(client, mine)
+        self._unwritten.update(dict.fromkeys(copies, round))
         self._round = round
-        for client, mine in states.items():
-            self._remember(client, {name: _copy(tensor) for name, tensor in mine.items()})
-            self._unwritten[client] = round
-        self._shrink()
 
     def clients(self) -> set[str]:
         """All that have a state."""
@@ -135,14 +138,12 @@ class _Rows:
     """The file. What is not committed is gone when the process dies, or the power."""
 
     def __init__(self, path: Path | None) -> None:
-        self._name = "a temporary file" if path is None else str(path)
+        self._name, self._failed = "a temporary file" if path is None else str(path), ""
+        self._open = ExitStack()
         with self._explained():
             self._file = sqlite3.connect("" if path is None else path, timeout=PATIENCE)
-            try:
-                self._file.executescript(SETTINGS)
-            except sqlite3.Error:
-                self._file.close()
-                raise
+            self._open.callback(self._file.close)
+            self._file.executescript(SETTINGS)
 
     def read(self, client: str) -> Mine | None:
         with self._explained():
@@ -188,16 +189,18 @@ class _Rows:
             self._file.commit()
 
     def close(self) -> None:
-        self._file.close()
+        self._open.close()
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
         try:
             yield
         except sqlite3.Error as error:
+            self._open.close()  # for SQLite may have dropped what it had not committed: nothing may be any more
+            self._failed = self._failed or str(error)
             raise RunError(
-                f"client states cannot be kept in {self._name} ({error}); make room on the disk and resume, or start "
-                f"the run anew if the file is damaged"
+                f"client states cannot be kept in {self._name} ({self._failed}); make room on the disk and resume, or "
+                f"start the run anew if the file is damaged"
             ) from error
 
 
