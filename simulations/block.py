@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shoal.client.data import Shard
 from shoal.client.local import LocalTraining
 from shoal.client.losses import loss_named
 from shoal.client.net import Net
@@ -139,7 +141,7 @@ class BlockTrainer:
         decay = local.weight_decay if programs.fuse else 0.0  # L2 decay of plain SGD is a drift
 
         def corrected(move: Move) -> Tensor | None:
-            at = None if drift is None else drift_at(drift, block.weights)
+            at = None if drift is None else block.apart(drift_at(drift, block.weights))
             at = at[move.part] if at is not None and at.dim() > 1 else at
             if not decay:
                 return at
@@ -147,7 +149,7 @@ class BlockTrainer:
             return pull if at is None else pull.add_(at)
 
         def step(move: Move, rows: Tensor) -> Tensor:
-            x, y = self._examples.take(rows, self._net.dtype)
+            x, y = self._examples.take(rows, self._net.flat)
             program, inputs = programs.get(x, y), block.inputs(move.part)
             masks, correction = [self._mask(draw, move.part) for draw in program.draws], corrected(move)
             p = block.weights[move.part]
@@ -184,9 +186,29 @@ class BlockTrainer:
     def _each(self, at: Tensor, function: Callable[[LeanTrainer, Tensor], Tensor]) -> Tensor:
         """One client after the other: a whole shard is no small batch, stacking would gain nothing."""
         self._net.restore(self._carried.buffers, self._carried.counters)
-        trainers = [LeanTrainer(self._net, self._local, turn) for turn in self._turns]
-        rows = at.expand(len(trainers), at.shape[-1])
-        return torch.stack([function(trainer, row) for trainer, row in zip(trainers, rows, strict=True)])
+        rows, results = at.expand(len(self._turns), at.shape[-1]), list[Tensor]()
+        for turn, generator, row in zip(self._turns, self._generators, rows, strict=True):
+            trainer = LeanTrainer(self._net, self._local, replace(turn, shard=self._placed(turn.shard)))
+            with _drawing_from(generator):
+                results.append(function(trainer, row))
+        return torch.stack(results)
+
+    def _placed(self, shard: Shard) -> Shard:
+        x, like = shard.x, self._net.flat
+        return Shard(x.to(like) if x.is_floating_point() else x.to(like.device), shard.y.to(like.device))
+
+
+@contextmanager
+def _drawing_from(generator: torch.Generator) -> Iterator[None]:
+    """PyTorch's own generator is this one."""
+    own = torch.default_generator if generator.device.type == "cpu" else torch.cuda.default_generators[0]
+    before = own.get_state()
+    own.set_state(generator.get_state())
+    try:
+        yield
+    finally:
+        generator.set_state(own.get_state())
+        own.set_state(before)
 
 
 class _Block:
@@ -213,6 +235,11 @@ class _Block:
                 for view in _split(vectors[part], shapes)
             ]
         return self._views[key]
+
+    def apart(self, drift: Tensor) -> Tensor:
+        """A drift may be the weights themselves, which change before it is added."""
+        own = drift.untyped_storage().data_ptr() == self.weights.untyped_storage().data_ptr()
+        return drift.clone() if own else drift
 
     def joined(self, gradients: Sequence[Tensor], reached: Sequence[bool], part: slice) -> Tensor:
         """The gradients of a move as vectors ``[k, P]``; zeros for a weight that the loss does not reach."""

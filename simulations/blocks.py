@@ -19,6 +19,7 @@ from shoal.protos import seeds
 from shoal.protos.errors import ExperimentError, InvalidUpdate, nearest
 from shoal.protos.messages import check_update
 from shoal.simulations.block import BlockTrainer, Programs
+from shoal.simulations.step import Unsuitable
 from shoal.strategies.base import Mine, Sent, Strategy, Update
 from shoal.strategies.sums import Carried
 
@@ -79,7 +80,20 @@ class BlockParticipant:
     def train(
         self, clients: Sequence[str], round: int, shards: Sequence[Shard], sent: Sent, carried: Carried, mine: Any
     ) -> tuple[Update, Mapping[str, Tensor]]:
-        """The block's update and next states, with a leading axis of clients; what anything raises comes through."""
+        """The block's update and next states, with a leading axis of clients.
+
+        Whatever is raised comes as :class:`Unsuitable`: whose fault it is shows when each client is played alone.
+        """
+        try:
+            return self._train(clients, round, shards, sent, carried, mine)
+        except Unsuitable:
+            raise
+        except Exception as error:
+            raise Unsuitable(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
+
+    def _train(
+        self, clients: Sequence[str], round: int, shards: Sequence[Shard], sent: Sent, carried: Carried, mine: Any
+    ) -> tuple[Update, Mapping[str, Tensor]]:
         lr = self._local.lr * self._local.lr_decay ** (round - 1)
         streams = self._streams_of(clients, round)
         turns = [Turn(*one, lr) for one in zip(clients, repeat(round), shards, streams, strict=False)]

@@ -52,19 +52,21 @@ class Examples:
             lengths[k] = n // size * size if local.drop_last and not whole else n
         return Orders(torch.from_numpy(rows + self._first), lengths)
 
-    def take(self, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The examples of rows ``[k, b]``, until the next are taken; features that are no whole numbers in ``dtype``.
+    def take(self, rows: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """The examples of rows ``[k, b]``, until the next are taken, on the device of the weights ``like`` these.
 
-        They are copies in memory that is used again: fresh memory costs more than the copy.
+        Features that are no whole numbers get their dtype. They are copies in memory that is used again: fresh memory
+        costs more than the copy.
         """
         x, y = (self._gathered(i, whole, rows) for i, whole in enumerate((self._x, self._y)))
-        return x.to(dtype) if x.is_floating_point() else x, y
+        return x.to(like) if x.is_floating_point() else x.to(like.device), y.to(like.device)
 
     def _gathered(self, which: int, whole: Tensor, rows: Tensor) -> Tensor:
         shape = rows.numel(), *whole.shape[1:]
         if which not in self._memory or self._memory[which].shape != shape:
             self._memory[which] = whole.new_empty(shape)
-        return torch.index_select(whole, 0, rows.reshape(-1), out=self._memory[which]).view(*rows.shape, *shape[1:])
+        flat = rows.reshape(-1).to(whole.device)
+        return torch.index_select(whole, 0, flat, out=self._memory[which]).view(*rows.shape, *shape[1:])
 
 
 def _common(parts: Sequence[Tensor]) -> tuple[Tensor, list[int]] | None:
@@ -74,8 +76,9 @@ def _common(parts: Sequence[Tensor]) -> tuple[Tensor, list[int]] | None:
     offsets = [part.storage_offset() for part in parts]
     low = min(offsets)
     for part, offset in zip(parts, offsets, strict=True):
-        apart = part.untyped_storage().data_ptr() != memory or part.shape[1:] != one.shape[1:]
-        if apart or not part.is_contiguous() or (offset - low) % max(row, 1) or part.dtype != one.dtype:
+        alike = part.shape[1:] == one.shape[1:] and part.stride() == one.stride() and part.dtype == one.dtype
+        together = part.untyped_storage().data_ptr() == memory and (offset - low) % max(row, 1) == 0
+        if not (alike and together and part.is_contiguous()):
             return None
     first = [(offset - low) // max(row, 1) for offset in offsets]
     rows = max(start + len(part) for start, part in zip(first, parts, strict=True))

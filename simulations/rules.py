@@ -191,6 +191,23 @@ def _addmm(s: Stacking, node: Any) -> fx.Node | None:
     return s.call(aten.baddbmm.default, wide, s.now(a), s.now(b))
 
 
+# --- embeddings ------------------------------------------------------------------------------------------------------
+
+
+def embedding(weight: Tensor, tokens: Tensor) -> Tensor:
+    """Each client's rows, without a copy of the table. vmap would give the next client's for a token out of range."""
+    if tokens.numel() and tokens.min() < 0:
+        raise IndexError("index out of range in self")
+    clients = torch.arange(len(weight), device=weight.device)
+    return weight[clients.view(-1, *[1] * (tokens.dim() - 1)), tokens]
+
+
+@rule(aten.embedding.default)
+def _embedding(s: Stacking, node: Any) -> fx.Node | None:
+    weight, tokens = node.args[:2]
+    return s.call(embedding, *s.now((weight, tokens))) if s.stacked(weight) and s.stacked(tokens) else None
+
+
 # --- cross-entropy ---------------------------------------------------------------------------------------------------
 
 

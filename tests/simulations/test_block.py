@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -174,3 +175,29 @@ def test_drifts_constant_or_not_one_for_all_or_each_its_own(fuse: bool) -> None:
     check(clients.block(fuse, own[0]), clients.lean(lambda k: own[0]))
     check(clients.block(fuse, lambda w: 0.3 * (w - start)), clients.lean(lambda k: lambda w: 0.3 * (w - start)))
     check(clients.block(fuse, lambda w: 0.3 * (w - own)), clients.lean(lambda k: lambda w: 0.3 * (w - own[k])))
+
+
+@pytest.mark.parametrize("fuse", [False, True], ids=["captured", "fused"])
+def test_a_drift_may_be_the_weights_themselves(fuse: bool) -> None:
+    clients = Clients("mlp", LocalTraining(batch_size=5))
+    check(clients.block(fuse, lambda w: w), clients.lean(lambda k: lambda w: w))
+
+
+def test_losses_and_gradients_of_whole_shards_before_and_after_training() -> None:
+    """Random masks go on in each client's own stream."""
+    clients = Clients("dropout", LocalTraining(batch_size=5))
+    clients.shards = [Shard(shard.x.float(), shard.y) for shard in clients.shards]
+
+    def all_of(trainer: LeanTrainer | BlockTrainer) -> tuple[Tensor, Tensor, Tensor]:
+        before = trainer.gradient(clients.start)
+        moved = clients.start + trainer.run(clients.start).delta
+        return before, moved, trainer.loss(moved)
+
+    block = all_of(BlockTrainer(Programs(clients.net, clients.local, fuse=True), clients.turns(), 0, clients.carried))
+    assert block[2].shape == (len(LENGTHS), 1)
+    for k, turn in enumerate(clients.turns()):
+        torch.manual_seed(seeds.integer(0, "torch", 3, str(k)))
+        clients.net.restore(clients.carried.buffers, clients.carried.counters)
+        placed = replace(turn, shard=Shard(turn.shard.x.double(), turn.shard.y))
+        for mine, lean in zip(block, all_of(LeanTrainer(clients.net, clients.local, placed)), strict=True):
+            torch.testing.assert_close(mine[k].reshape(lean.shape), lean, rtol=1e-10, atol=1e-12)
