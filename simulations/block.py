@@ -26,9 +26,10 @@ from shoal.client.trainer import LeanTrainer, Turn
 from shoal.protos import seeds
 from shoal.simulations.capture import record
 from shoal.simulations.gathering import Examples
+from shoal.simulations.replicas import Memory, Replicas
 from shoal.simulations.stacking import stack
 from shoal.simulations.step import Draw
-from shoal.strategies.base import Drift, Update, drift_at
+from shoal.strategies.base import Drift, Update
 from shoal.strategies.sums import Carried
 
 __all__ = ["BlockTrainer", "Move", "Programs", "moves"]
@@ -48,6 +49,7 @@ class Programs:
 
     def __init__(self, net: Net, local: LocalTraining, *, fuse: bool) -> None:
         self.net, self.local, self.fuse = net, local, fuse
+        self.memory = Memory(net, fused=fuse)
         self._made: dict[Any, Program] = {}
 
     def get(self, x: Tensor, y: Tensor) -> Program:
@@ -112,8 +114,8 @@ class BlockTrainer:
     @torch.no_grad()
     def run(self, start: Tensor, *, drift: Drift | None = None, epochs: int | None = None) -> Update:
         local, count = self._local, len(self._turns)
-        block = _Block(self._net, start, self._carried, count)
-        step, limit = self._stepper(block, drift), local.steps if epochs is None else None
+        replicas = Replicas(self._programs.memory, start, self._carried, count)
+        step, limit = self._stepper(replicas, drift), local.steps if epochs is None else None
         passes = limit or (local.epochs if epochs is None else epochs)
         taken, seen = [0] * count, [0] * count
         losses = torch.zeros(count, dtype=torch.float64, device=start.device)
@@ -122,49 +124,48 @@ class BlockTrainer:
             for move in moves(orders.lengths, local.batch_size or max(orders.lengths), taken, limit):
                 losses[move.part].add_(step(move, orders.rows[move.part, move.rows]), alpha=move.size)
                 seen[move.part] = [n + move.size for n in seen[move.part]]
-        return self._update(block, start, taken, losses / torch.tensor(seen, device=start.device))
+        return self._update(replicas, start, taken, losses / torch.tensor(seen, device=start.device))
 
-    def _update(self, block: _Block, start: Tensor, taken: Sequence[int], losses: Tensor) -> Update:
+    def _update(self, replicas: Replicas, start: Tensor, taken: Sequence[int], losses: Tensor) -> Update:
         def column(numbers: Sequence[float]) -> Tensor:
             return torch.tensor(numbers, dtype=start.dtype, device=start.device).unsqueeze(1)
 
         examples = column([len(turn.shard) for turn in self._turns])
         rates = column([turn.lr * steps for turn, steps in zip(self._turns, taken, strict=True)])
         metrics: Any = {"loss": losses}  # [K]: the engine makes numbers of it
-        delta = block.weights.sub_(start)
-        return Update(delta, examples, column(taken), rates, {}, block.buffers, block.counters, metrics)
+        delta, buffers, counters = replicas.moved(), replicas.buffers, replicas.counters
+        return Update(delta, examples, column(taken), rates, {}, buffers, counters, metrics)
 
-    def _stepper(self, block: _Block, drift: Drift | None) -> Callable[[Move, Tensor], Tensor]:
+    def _stepper(self, replicas: Replicas, drift: Drift | None) -> Callable[[Move, Tensor], Tensor]:
         """Makes one step of some neighbours on these rows; their losses ``[k]``."""
         local, lr, programs = self._local, self._turns[0].lr, self._programs
-        optimizer = None if programs.fuse else optimizer_for(local, block.weights)
+        optimizer = None if programs.fuse else optimizer_for(local, replicas.weights)
         decay = local.weight_decay if programs.fuse else 0.0  # L2 decay of plain SGD is a drift
 
-        def corrected(move: Move) -> Tensor | None:
-            at = None if drift is None else block.apart(drift_at(drift, block.weights))
-            at = at[move.part] if at is not None and at.dim() > 1 else at
+        def corrected(part: slice) -> Tensor | None:
+            at = drift(replicas.weights) if callable(drift) else drift
+            at = at[part] if at is not None and at.dim() > 1 else at
             if not decay:
                 return at
-            pull = block.weights[move.part] * decay
+            pull = replicas.weights[part] * decay
             return pull if at is None else pull.add_(at)
 
         def step(move: Move, rows: Tensor) -> Tensor:
             x, y = self._examples.take(rows, self._net.flat)
-            program, inputs = programs.get(x, y), block.inputs(move.part)
-            masks, correction = [self._mask(draw, move.part) for draw in program.draws], corrected(move)
-            p = block.weights[move.part]
+            program, inputs = programs.get(x, y), replicas.inputs(move.part)
+            masks, correction = [self._mask(draw, move.part) for draw in program.draws], corrected(move.part)
             if optimizer is None:
                 (loss,) = program.step(-lr, *inputs, x, y, *masks)
                 if correction is not None:
-                    p.add_(correction, alpha=-lr)
+                    replicas.add(correction, -lr, move.part)
                 return loss  # type: ignore[no-any-return]
             loss, *gradients = program.step(*inputs, x, y, *masks)
-            g = block.joined(gradients, program.reached, move.part)
+            g = replicas.joined(gradients, program.reached, move.part)
             if correction is not None:
                 g.add_(correction)
             if local.clip is not None:
                 clip_(g, local.clip)
-            optimizer.step(p, g, lr, move.taken, move.part)
+            optimizer.step(replicas.weights[move.part], g, lr, move.taken, move.part)
             return loss  # type: ignore[no-any-return]
 
         return step
@@ -209,48 +210,3 @@ def _drawing_from(generator: torch.Generator) -> Iterator[None]:
     finally:
         generator.set_state(own.get_state())
         own.set_state(before)
-
-
-class _Block:
-    """The clients' weights ``[K, P]``, buffers ``[K, B]`` and counters ``[K, C]``, and views of them for a program."""
-
-    def __init__(self, net: Net, start: Tensor, carried: Carried, count: int) -> None:
-        def each(vector: Tensor) -> Tensor:
-            return vector.expand(count, vector.shape[-1]).contiguous().clone()
-
-        device = start.device
-        self._net, self.weights = net, torch.empty(count, start.shape[-1], dtype=start.dtype, device=device)
-        self.weights.copy_(start)
-        self.buffers = each(carried.buffers.to(device)) if len(carried.buffers) else None
-        self.counters = each(carried.counters.to(device)) if len(carried.counters) else None
-        self._views: dict[tuple[int, int], list[Tensor]] = {}
-
-    def inputs(self, part: slice) -> list[Tensor]:
-        key = part.start, part.stop
-        if key not in self._views:
-            self._views[key] = [
-                view
-                for vectors, shapes in zip((self.weights, self.buffers, self.counters), self._net.shapes, strict=True)
-                if vectors is not None
-                for view in _split(vectors[part], shapes)
-            ]
-        return self._views[key]
-
-    def apart(self, drift: Tensor) -> Tensor:
-        """A drift may be the weights themselves, which change before it is added."""
-        own = drift.untyped_storage().data_ptr() == self.weights.untyped_storage().data_ptr()
-        return drift.clone() if own else drift
-
-    def joined(self, gradients: Sequence[Tensor], reached: Sequence[bool], part: slice) -> Tensor:
-        """The gradients of a move as vectors ``[k, P]``; zeros for a weight that the loss does not reach."""
-        k, found = part.stop - part.start, iter(gradients)
-        rows = [
-            next(found).reshape(k, -1) if has else self.weights.new_zeros(k, shape.numel())
-            for has, shape in zip(reached, self._net.shapes[0], strict=True)
-        ]
-        return torch.cat(rows, dim=1)
-
-
-def _split(vectors: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
-    parts = torch.split(vectors, [shape.numel() for shape in shapes], dim=1)
-    return [part.view(len(vectors), *shape) for part, shape in zip(parts, shapes, strict=True)]

@@ -132,7 +132,8 @@ class _Task:
     def train(self) -> Iterator[Outcome]:
         """Each client's outcome, in the job's order."""
         if self._job.method.engine == "lean":
-            return map(self._alone, range(len(self._clients)))
+            yield from map(self._alone, range(len(self._clients)))
+            return
         outcomes = dict[int, Outcome]()
         shards = dict[int, Shard]()
         for k, (client, _) in enumerate(self._clients):
@@ -143,9 +144,12 @@ class _Task:
                 shards[k] = self._data.shard(client)
             except Exception as error:
                 outcomes[k] = failure(error, client, self._round)
+        due = 0
         for members in blocks(shards, self._job.method.block):
             outcomes.update(zip(members, self._together(members, shards), strict=True))
-        return (outcomes[k] for k in range(len(self._clients)))
+            while due in outcomes:  # at once, while it is in the cache
+                yield outcomes.pop(due)
+                due += 1
 
     def _late(self, k: int) -> Failure | None:
         client = self._clients[k][0]
@@ -204,7 +208,9 @@ def _summed(position: int, clients: Sequence[str], outcomes: Iterable[Outcome]) 
     """Parts that the round's sum can take: from the first position of a leaf on their sum, else single positions."""
     parts, staged = list[Part](), dict[str, Mine]()
     first, sums, reports, failures = position, RunningSum(), list[Report](), list[Failure]()
-    for at, (client, outcome) in enumerate(zip(clients, outcomes, strict=True), start=position):
+    waiting = iter(outcomes)
+    for at, client in enumerate(clients, start=position):
+        outcome = next(waiting)
         if at % LEAF == 0 and at > first:
             parts.append(Part(first, sums.total, reports, failures))
             first, sums, reports, failures = at, RunningSum(), [], []
@@ -218,6 +224,7 @@ def _summed(position: int, clients: Sequence[str], outcomes: Iterable[Outcome]) 
             reports.append(outcome.report)
         else:
             failures.append(outcome)
+        del outcome  # its memory is the next block's
     if first < position + len(clients):
         parts.append(Part(first, sums.total, reports, failures))
     return parts, staged

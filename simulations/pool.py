@@ -56,9 +56,12 @@ class Pool:
         numbers = self._publish(state, carried)
         assert self._block is not None
         waiting, running, overdue = deque(jobs), dict[Future[Any], tuple[Job, SharedBlock | None]](), False
+        # One more than a worker does at a time, so that none waits for this process; but not under a deadline, where
+        # a job that has not begun is nobody's fault.
+        most = self.workers * (2 if all(job.ends is None for job in jobs) else 1)
         try:
             while waiting or running:
-                while waiting and len(running) < self.workers:
+                while waiting and len(running) < most:
                     job = waiting.popleft()
                     if (left := job.left()) is not None and left <= 0:
                         yield job, Died("not begun before the deadline")
@@ -74,6 +77,8 @@ class Pool:
                     job, lent = running.pop(future)
                     yield job, self._opened(future.result(), lent)
         except BaseException:
+            for future in running:
+                future.cancel()
             self._crew.kill_busy()  # the caller has lost interest: nothing may linger on an old round
             raise
 

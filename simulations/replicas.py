@@ -1,0 +1,100 @@
+"""K clients' copies of a net's weights, buffers and counters, and how they lie in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from shoal.client.net import Net
+from shoal.strategies.sums import Carried
+
+__all__ = ["Memory", "Replicas"]
+
+
+class Memory:
+    """The memory of a block's weights, used again for the next block: what is warm costs a tenth of what is not.
+
+    ``fused`` weights lie tensor by tensor, each ``[K, size]``, so that one product can change a tensor of all clients.
+    Else they lie client by client, ``[K, P]``, as an optimizer takes them.
+    """
+
+    def __init__(self, net: Net, *, fused: bool) -> None:
+        self.net, self.fused = net, fused
+        self.sizes = [shape.numel() for shape in net.shapes[0]]
+        self._made: dict[int, list[Tensor]] = {}
+
+    def lend(self, count: int) -> list[Tensor]:
+        """The weights of so many clients, one matrix for each tensor or one for all; undefined at first."""
+        most = max(self._made, default=0)
+        if count > most:
+            sizes = self.sizes if self.fused else [sum(self.sizes)]
+            self._made = {count: [self.net.flat.new_empty(count, size) for size in sizes]}
+            most = count
+        return [matrix[:count] for matrix in self._made[most]]
+
+
+class Replicas:
+    """All clients begin with the weights ``start``, ``[P]`` or ``[K, P]``, and the round's buffers and counters."""
+
+    def __init__(self, memory: Memory, start: Tensor, carried: Carried, count: int) -> None:
+        def each(vector: Tensor) -> Tensor | None:
+            return vector.to(start.device).repeat(count, 1) if len(vector) else None
+
+        self._net, self._sizes, self._fused = memory.net, memory.sizes, memory.fused
+        self._start, self._count = start, count
+        self.buffers, self.counters = each(carried.buffers), each(carried.counters)
+        self._matrices = memory.lend(count)
+        for matrix, column in zip(self._matrices, self._columns(start), strict=True):
+            matrix.copy_(column)
+        self._views: dict[tuple[int, int], list[Tensor]] = {}
+
+    def _columns(self, vectors: Tensor) -> Sequence[Tensor]:
+        """The parts ``[..., size]`` of vectors ``[..., P]`` that belong to the matrices."""
+        return torch.split(vectors, [matrix.shape[1] for matrix in self._matrices], dim=-1)
+
+    def inputs(self, part: slice) -> list[Tensor]:
+        """The tensors of some neighbours, with a leading axis, as a stacked program takes them."""
+        key = part.start, part.stop
+        if key not in self._views:
+            weights, buffers, counters = self._net.shapes
+            matrices = [m[part] for m in self._matrices]
+            owned = matrices if self._fused else _split(matrices[0], weights)
+            views = [matrix.view(len(matrix), *shape) for matrix, shape in zip(owned, weights, strict=True)]
+            for vectors, shapes in ((self.buffers, buffers), (self.counters, counters)):
+                if vectors is not None:
+                    columns = _split(vectors[part], shapes)
+                    views += [c.view(len(c), *shape) for c, shape in zip(columns, shapes, strict=True)]
+            self._views[key] = views
+        return self._views[key]
+
+    @property
+    def weights(self) -> Tensor:
+        """As vectors ``[K, P]``: the memory itself where it lies so, else a copy."""
+        return torch.cat(self._matrices, dim=1) if self._fused else self._matrices[0]
+
+    def add(self, vectors: Tensor, by: float, part: slice) -> None:
+        """Add ``by`` times vectors ``[P]`` or ``[k, P]`` to the weights of some neighbours."""
+        for matrix, column in zip(self._matrices, self._columns(vectors), strict=True):
+            matrix[part].add_(column, alpha=by)
+
+    def moved(self) -> Tensor:
+        """How far each client has come, ``[K, P]``, in new memory."""
+        delta = self._start.new_empty(self._count, self._start.shape[-1])
+        for column, matrix, start in zip(self._columns(delta), self._matrices, self._columns(self._start), strict=True):
+            torch.sub(matrix, start, out=column)
+        return delta
+
+    def joined(self, gradients: Sequence[Tensor], reached: Sequence[bool], part: slice) -> Tensor:
+        """The gradients of a move as vectors ``[k, P]``; zeros for a weight that the loss does not reach."""
+        k, found = part.stop - part.start, iter(gradients)
+        rows = [
+            next(found).reshape(k, -1) if has else self._start.new_zeros(k, size)
+            for has, size in zip(reached, self._sizes, strict=True)
+        ]
+        return torch.cat(rows, dim=1)
+
+
+def _split(vectors: Tensor, shapes: Sequence[torch.Size]) -> Sequence[Tensor]:
+    return torch.split(vectors, [shape.numel() for shape in shapes], dim=1)
