@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from fnmatch import fnmatch
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "performance.md
 REPETITIONS, PAUSE = 3, 2.0  # seconds, for what a contender leaves in caches and queues
 QUICK = {"rounds": 6, "cohort": 16, "short": 4}
 BUSY = 1.0
+STANDARD = ["floor", "shoal-*-1", "shoal-lean-2", "shoal-auto-2", "flwr"]
 
 
 def circumstances() -> dict[str, Any]:
@@ -136,7 +138,7 @@ def page(report: dict[str, Any]) -> str:
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=list(WORKLOADS), default=DEFAULT, metavar="WORKLOAD")
-    parser.add_argument("--contenders", nargs="+", default=["floor", "shoal-*", "flwr"], help="patterns; plain is in")
+    parser.add_argument("--contenders", nargs="+", default=STANDARD, help="patterns; plain is in")
     parser.add_argument("--without", nargs="+", default=[], help="patterns")
     parser.add_argument("--list", action="store_true", help="list workloads and contenders")
     parser.add_argument("--rounds", type=int, help="in place of the workload's own, at least 3")
@@ -169,7 +171,8 @@ def main() -> int:
         )
         print(f"\n{name}: {work.title}", flush=True)
         with prepared(work) as task:
-            runs = run(task, names, 1 if asked.quick else asked.repetitions)
+            fit = [one for one in names if not any(fnmatch(one, pattern) for pattern in work.without)]
+            runs = run(task, fit, 1 if asked.quick else asked.repetitions)
             lines = figures(task, runs, CONTENDERS, references(task, runs))
             report["workloads"][name] = heading(work, task) | {"lines": lines}
         failures |= {f"{name}, {contender}": why for contender, why in wrong(work, lines, CONTENDERS).items()}

@@ -213,7 +213,7 @@ def plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_number(item) if type(item) is float else plain(item) for item in value]
+        return [item if type(item) is str else _number(item) if type(item) is float else plain(item) for item in value]
     return _number(value) if isinstance(value, float) else value
 
 

@@ -137,22 +137,7 @@ class SimulatedFleet:
         return max(2 * LEAF * self.crew.workers, min(AT_ONCE, self.states.memory // state))
 
     def _portions(self, count: int, deadline: float | None = None) -> list[range]:
-        """What goes into one job. Where bits depend on it (in blocks), it does not depend on the workers.
-
-        Lean: whole leaves as long as there is one for every worker; the rest client by client, so that none idles.
-        Under a deadline all go one by one: a client that hangs must not take others with it.
-        """
-        if self.method.engine != "lean":
-            return portions(count, self.method.block)
-        workers = self.crew.workers
-        if deadline is not None:
-            whole = 0
-        elif workers == 1:
-            whole = -(-count // LEAF)
-        else:
-            whole = count // LEAF // workers * workers
-        leaves = [range(count)[LEAF * i : LEAF * (i + 1)] for i in range(whole)]
-        return leaves + [range(position, position + 1) for position in range(LEAF * whole, count)]
+        return portions(count, self.method, self.crew.workers, alone=deadline is not None)
 
     def _run(
         self, ask: Ask, portions: Sequence[range], ends: float | None, train: bool = True, lost: int = 0
@@ -216,13 +201,23 @@ class SimulatedFleet:
         self.states.close()
 
 
-def portions(count: int, block: int) -> list[range]:
-    """The cohort in even jobs of about a block each, of whole leaves where blocks and leaves divide each other."""
-    leaves = count > 2 * LEAF and (block % LEAF == 0 or LEAF % block == 0)
-    unit, size = (LEAF, max(LEAF, block)) if leaves else (1, block)
-    units, pieces = -(-count // unit), -(-count // size)
-    ends = [units * (i + 1) // pieces for i in range(pieces)]
-    return [range(count)[unit * start : unit * end] for start, end in zip([0, *ends], ends, strict=False)]
+def portions(count: int, method: Method, workers: int, *, alone: bool = False) -> list[range]:
+    """The positions of a cohort that go into one job each.
+
+    In blocks, where bits depend on it, it does not depend on the workers: even jobs of about a block, of whole leaves
+    where blocks and leaves divide each other. Lean: whole leaves as long as there is one for every worker; the rest
+    client by client, so that none idles. Lean and ``alone``, all go one by one: under a deadline a client that hangs
+    must not take others with it.
+    """
+    if method.engine != "lean":
+        leaves = count > 2 * LEAF and (method.block % LEAF == 0 or LEAF % method.block == 0)
+        unit, size = (LEAF, max(LEAF, method.block)) if leaves else (1, method.block)
+        units, pieces = -(-count // unit), -(-count // size)
+        ends = [units * (i + 1) // pieces for i in range(pieces)]
+        return [range(count)[unit * start : unit * end] for start, end in zip([0, *ends], ends, strict=False)]
+    whole = 0 if alone else -(-count // LEAF) if workers == 1 else count // LEAF // workers * workers
+    first = [range(count)[LEAF * i : LEAF * (i + 1)] for i in range(whole)]
+    return first + [range(position, position + 1) for position in range(LEAF * whole, count)]
 
 
 def _lost(job: Job, died: Died, ends: float | None) -> Part:

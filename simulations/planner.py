@@ -6,9 +6,10 @@ An engine is a candidate only if its first step is the lean engine's; one that i
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from shoal.client.data import Shard
@@ -23,11 +24,18 @@ from shoal.strategies.base import Update, vector
 
 __all__ = ["Plan", "plan", "refusal"]
 
-BLOCKS = (2, 4, 8, 16, 32, 64, 128)  # beyond, a block gains less than its memory costs
-MEMORY = 2**27  # bytes of weights in one block
-CLOSE = {"float32": 1e-4, "float64": 1e-10}  # relative difference of one step from the lean engine's
+BLOCKS = (4, 16, 64, 128)
+LARGEST = BLOCKS[-1]  # beyond, a block gains less than its memory costs
+MEMORY = 2**25  # bytes of weights in one block
+CLOSE = {torch.float32: 1e-4, torch.float64: 1e-10}  # relative difference of one step from the lean engine's
+ROUNDINGS = 4.0  # of a weight in a step, which may add several parts to it one after the other
+BLIND = 1e-2  # no difference beyond this is put down to rounding
 ENGINES: tuple[EngineName, ...] = ("fused", "captured")
 PATIENCE, SHARE = 2.0, 0.2  # no candidate is begun after so many seconds, or this share of the run's time
+CLIMBS = {"fused": 0.4, "captured": 0.7}  # by which share of that time no larger block is begun
+FINALS, NEAR = 5, 1.2  # the best are tried again so often; who takes this much longer is out
+HOPELESS = 1.5  # who takes this much longer than the best is out at once
+LONG = 0.02  # seconds of a measurement
 SHORT = 2.0  # seconds: a run that the lean engine does in less is not worth measuring
 
 
@@ -61,68 +69,108 @@ def plan(fleet: SimulatedFleet, ask: Ask, engine: str = "auto", rounds: int = 1)
     refused: dict[str, str] = {name: reason for name, reason in unfit.items() if reason is not None}
     if engine == "auto" and len(refused) == len(ENGINES):
         return Plan(LEAN, fleet.crew.workers, {}, refused)
-    measure = _Measure(fleet, ask, rounds, engine != "auto")
-    if engine == "auto" and not measure.worthwhile():
+    race = _Race(fleet, ask, rounds, engine != "auto")
+    if engine == "auto" and not race.worthwhile():
         return Plan(LEAN, fleet.crew.workers)
     for name in ENGINES:
-        if name in refused or engine not in ("auto", name) or not (engine == name or measure.worthwhile()):
+        if name in refused or engine not in ("auto", name) or not (engine == name or race.worthwhile()):
             continue
         reason = refusal(fleet.assignment, ask, name)
         if reason is None:
-            measure.blocks(name, vector(ask.state, "parameters"))
+            race.climb(name, CLIMBS[name])
         else:
             refused[name] = reason
-    found = {method: s for method, s in measure.found.items() if engine in ("auto", method.engine)}
-    workers = fleet.crew.workers
-    best = min(found, key=lambda method: found[method] * _longest(portions(len(ask.cohort), method.block), workers))
-    measured = {str(method): seconds for method, seconds in measure.found.items()}
-    return Plan(best, workers, measured, refused)
+    best = race.finals(lambda method: engine in ("auto", method.engine))
+    measured = {str(method): seconds for method, seconds in race.found.items()}
+    return Plan(best, fleet.crew.workers, measured, refused)
 
 
-class _Measure:
-    """Trains clients of the first cohort with one method after the other; ``found`` has seconds per client-step."""
+class _Race:
+    """Trains clients of the first cohort with one method after the other; ``found`` has seconds per client-step.
+
+    Blocks grow by fours as long as that pays. Then those that are not far behind, and blocks half and twice as large as
+    the best, run again and again in turns, so that what else the machine does meets all of them alike; each one's best
+    time counts.
+    """
 
     def __init__(self, fleet: SimulatedFleet, ask: Ask, rounds: int, named: bool) -> None:
-        self._crew, self._ask, began = fleet.crew, ask, time.monotonic()
+        self._crew, self._ask, self._began = fleet.crew, ask, time.monotonic()
+        clients, parameters = len(ask.cohort), vector(ask.state, "parameters")
+        self._most = max(1, min(-(-clients // self._crew.workers), MEMORY // max(1, parameters.nbytes), LARGEST))
         self.found: dict[Method, float] = {}
-        lean = self._train(LEAN, 1, tries=2)
-        run = lean * len(ask.cohort) * rounds / self._crew.workers if lean < float("inf") else 0.0
-        patience = min(PATIENCE, SHARE * run) if run > SHORT else 0.0
-        self._ends = began + (PATIENCE if named else patience)  # who names an engine wants its best block
+        lean = self._first(LEAN)
+        run = lean * clients * rounds / self._crew.workers if lean < float("inf") else 0.0
+        # Who names an engine wants its best block.
+        self._patience = PATIENCE if named else min(PATIENCE, SHARE * run) if run > SHORT else 0.0
         if self.worthwhile():
-            self._train(LEAN, 1)
+            self._again(LEAN)
 
-    def worthwhile(self) -> bool:
-        """Whether there is time for another candidate."""
-        return time.monotonic() < self._ends
+    def worthwhile(self, share: float = 1.0) -> bool:
+        """Whether there is time for another candidate within a share of all that there is."""
+        return time.monotonic() < self._began + share * self._patience
 
-    def blocks(self, engine: EngineName, parameters: Tensor) -> None:
-        """Larger and larger blocks, as long as these gain and there is time."""
-        most = min(-(-len(self._ask.cohort) // self._crew.workers), MEMORY // max(1, parameters.nbytes), BLOCKS[-1])
+    def climb(self, engine: EngineName, share: float) -> None:
+        """Larger and larger blocks; one that takes much longer than the best so far ends it."""
         least = float("inf")
-        for size in sorted({min(size, max(most, 1)) for size in BLOCKS}):
-            self._train(Method(engine, size), size)
-            seconds = self.found[Method(engine, size)]
-            if seconds > 1.1 * least or not self.worthwhile():
+        for size in sorted({min(size, self._most) for size in BLOCKS}):
+            method = Method(engine, size)
+            self._first(method)
+            if self.found[method] < HOPELESS * min(self.found.values()) or least == float("inf"):
+                self._again(method)
+            worse = self.found[method] > min(NEAR * least, HOPELESS * min(self.found.values()))
+            if worse or not self.worthwhile(share):
                 break
-            least = min(least, seconds)
+            least = min(least, self.found[method])
 
-    def _train(self, method: Method, clients: int, tries: int = 10) -> float:
-        """Seconds for a client, all workers being busy: the slowest's, of the best of some tries."""
-        names = [(client, None) for client in self._ask.cohort[:clients]]
+    def finals(self, among: Callable[[Method], bool]) -> Method:
+        """The fastest for the whole cohort."""
+        for _ in range(FINALS):
+            best = min(filter(among, self.found), key=self._whole)
+            close = [m for m in self.found if among(m) and self._whole(m) <= NEAR * self._whole(best)]
+            again = [*self._neighbours(best), *close]
+            for method in again if len(again) > 1 else []:
+                if self.worthwhile():
+                    self._first(method) if method not in self.found else self._again(method)
+        return min(filter(among, self.found), key=self._whole)
+
+    def _neighbours(self, best: Method) -> list[Method]:
+        """Blocks half and twice as large that have not been tried."""
+        sizes = {best.block // 2, min(2 * best.block, self._most)} if best.engine != "lean" else ()
+        return [m for m in (replace(best, block=size) for size in sizes) if m.block and m not in self.found]
+
+    def _whole(self, method: Method) -> float:
+        """Its time for the whole cohort: that of the busiest worker."""
+        loads = [0] * self._crew.workers
+        for job in sorted(portions(len(self._ask.cohort), method, self._crew.workers), key=len, reverse=True):
+            loads[loads.index(min(loads))] += len(job)
+        return self.found[method] * max(loads)
+
+    def _first(self, method: Method) -> float:
+        """Seconds for a client of the first job, in which programs are made."""
+        seconds, steps = self._job(method)
+        self.found[method] = seconds / steps if steps else float("inf")
+        return seconds / method.block
+
+    def _again(self, method: Method) -> None:
+        """Some jobs, since a single small one is too short to be compared."""
+        seconds, steps = 0.0, 0.0
+        while seconds < LONG:
+            more = self._job(method)
+            if not more[1]:
+                return
+            seconds, steps = seconds + more[0], steps + more[1]
+        self.found[method] = min(self.found[method], seconds / steps)
+
+    def _job(self, method: Method) -> tuple[float, float]:
+        """Seconds and steps of one block, all workers being busy: the slowest's; no steps if it fails."""
+        names = [(client, None) for client in self._ask.cohort[: method.block]]
         job = Job(0, names, self._ask.context, method=method)
-        best, steps, began = float("inf"), 1.0, time.monotonic()
-        for tried in range(tries):  # the first makes the programs
-            results = [r for _, r in self._crew.run([job] * self._crew.workers, self._ask.state, self._ask.carried)]
-            done = [result for result in results if isinstance(result, Result)]
-            steps = sum(report.numbers["steps"] for part in done[0].parts for report in part.reports) if done else 0.0
-            if len(done) < len(results) or not steps:
-                break
-            best, spent = min(best, max(result.seconds for result in done)), time.monotonic() - began
-            if spent > 0.5 or (tried and spent > 0.1):
-                break
-        self.found[method] = best / steps if steps else float("inf")
-        return best / clients
+        results = [r for _, r in self._crew.run([job] * self._crew.workers, self._ask.state, self._ask.carried)]
+        done = [result for result in results if isinstance(result, Result)]
+        if len(done) < len(results):
+            return float("inf"), 0.0
+        steps = sum(report.numbers["steps"] for part in done[0].parts for report in part.reports)
+        return max(result.seconds for result in done), steps
 
 
 def _unfit(assignment: Assignment, ask: Ask, engine: EngineName) -> str | None:
@@ -168,10 +216,18 @@ def _differs(a: Assignment, ask: Ask, engine: EngineName) -> str | None:
         return "none of the first clients can be trained"
     found, _ = blocks.train(clients, round, shards, sent, ask.carried, [None] * len(clients))
     for k, update in enumerate(expected):
+        allowed = _allowed(update.delta, sent.parameters)
         for name, mine, theirs in _pairs(row(found, k), update):
-            if not (mine - theirs).norm() <= CLOSE[a.dtype] * theirs.norm().clamp(min=1e-6):
+            if not (mine - theirs).norm() <= allowed * theirs.norm().clamp(min=1e-6):
                 return f"its {name} after one step differs from the lean engine's"
     return None
+
+
+def _allowed(delta: Tensor, start: Tensor) -> float:
+    """The relative difference that rounding explains: a step may be small beside the weights that it changes."""
+    info = torch.finfo(delta.dtype)
+    lost = ROUNDINGS * info.eps * float(start.norm() / delta.norm().clamp(min=info.tiny))
+    return CLOSE[delta.dtype] + min(lost, BLIND)
 
 
 def _pairs(a: Update, b: Update) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -180,14 +236,6 @@ def _pairs(a: Update, b: Update) -> Iterator[tuple[str, Tensor, Tensor]]:
         yield name, a.tensors[name].cpu(), b.tensors[name]
     if a.buffers is not None and b.buffers is not None:
         yield "buffers", a.buffers.cpu(), b.buffers
-
-
-def _longest(jobs: Sequence[range], workers: int) -> int:
-    """Clients of the busiest worker."""
-    loads = [0] * workers
-    for job in sorted(jobs, key=len, reverse=True):
-        loads[loads.index(min(loads))] += len(job)
-    return max(loads)
 
 
 def _micro(seconds: float) -> str:

@@ -24,10 +24,10 @@ from shoal.protos.errors import ExperimentError
 from shoal.server.fleet import Ask
 from shoal.simulations import planner
 from shoal.simulations.block import BlockTrainer
-from shoal.simulations.blocks import EngineName
+from shoal.simulations.blocks import EngineName, Method
 from shoal.simulations.engine import Assignment
 from shoal.simulations.federated import ArrayData, LazyData, Numbered
-from shoal.simulations.fleet import portions
+from shoal.simulations.fleet import LEAN, portions
 from shoal.simulations.planner import refusal
 from shoal.strategies.base import Context, Update
 from shoal.strategies.fedavg import FedAvg
@@ -266,9 +266,9 @@ def test_a_model_that_is_refused_is_trained_by_the_lean_engine(simulate: Callabl
         simulate(made, "captured")
 
 
-@given(st.integers(1, 300), st.integers(1, 130))
-def test_portions_are_the_cohort(count: int, block: int) -> None:
-    found = portions(count, block)
+@given(st.integers(1, 300), st.integers(0, 130), st.integers(1, 9), st.booleans())
+def test_portions_are_the_cohort(count: int, block: int, workers: int, alone: bool) -> None:
+    found = portions(count, Method("fused", block) if block else LEAN, workers, alone=alone)
 
     assert [position for portion in found for position in portion] == list(range(count))
     assert all(found)
