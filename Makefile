@@ -44,10 +44,10 @@ bench: .venv/.dev ## measure a round beside the plain loop, the bare kernels and
 	$(BIN)/pip install -q --disable-pip-version-check -e ".[bench]"
 	$(BIN)/python -m benchmarks.simulation --publish simulation
 
-bench-peers: .venv/.dev ## the same beside pfl, BlazeFL and FedJAX, in environments of their own
+bench-peers: .venv/.dev ## the same per core beside pfl, BlazeFL and FedJAX, in environments of their own
 	$(BIN)/python -m benchmarks.peers.environments
-	$(BIN)/python -m benchmarks.simulation --publish peers --only lr-tiny 2nn lenet pfl-cnn \
-		--contenders floor 'shoal-*' 'pfl-*' 'blazefl-*' 'fedjax-*'
+	$(BIN)/python -m benchmarks.simulation --publish peers --only lr-tiny 2nn lenet pfl-cnn --rounds 6 \
+		--contenders shoal-lean-1 shoal-fused-1 pfl-1 blazefl-1 'fedjax*-1'
 
 clean: ## remove the environment and everything generated
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache *.egg-info
