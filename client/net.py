@@ -98,6 +98,9 @@ class Net:
         self._shapes = [tensor.shape for tensor in self.weights]
         self._sizes = [tensor.numel() for tensor in self.weights]
         self._channels_last: dict[torch.Size, bool] = {}
+        for part in module.modules():
+            if isinstance(part, nn.MaxPool2d):
+                _PooledGradient(part)
         self._bind()
         self._constant = {name: b.clone() for name, b in self._outside_the_state()}
         self._homes = {segment: self._owners(segment) for segment in (Segment.BUFFERS, Segment.COUNTERS)}
@@ -193,6 +196,30 @@ class Net:
         homes = self._homes[segment]
         kind = torch.int64 if segment is Segment.COUNTERS else self.dtype
         return _gather(self.tensors(segment), kind) if homes else None
+
+
+class _PooledGradient:
+    """Lays the gradient of pooled images out as these, unless it comes so.
+
+    From behind ``Flatten`` it comes with its channels first, and then the pooling's backward pass copies the gradient
+    of its whole input, twice.
+    """
+
+    def __init__(self, pooling: nn.MaxPool2d) -> None:
+        self._handle = pooling.register_forward_hook(self._watch)
+
+    def _watch(self, pooling: nn.Module, given: tuple[Tensor, ...], pooled: Tensor | tuple[Tensor, Tensor]) -> None:
+        if isinstance(pooled, Tensor) and pooled.requires_grad and _has_channels_last(pooled):
+            pooled.register_hook(self._lay)  # type: ignore[no-untyped-call]
+
+    def _lay(self, gradient: Tensor) -> Tensor:
+        if _has_channels_last(gradient):
+            self._handle.remove()
+        return gradient.contiguous(memory_format=torch.channels_last)
+
+
+def _has_channels_last(x: Tensor) -> bool:
+    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _channels_last(x: Tensor) -> Tensor:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from shoal.client.net import Net, layout_of, load_parameters, parameters_of
 from shoal.protos.errors import ExperimentError, InvalidUpdate
@@ -97,3 +101,36 @@ def test_mixed_precision_is_refused() -> None:
 def test_a_model_with_nothing_to_train_is_refused() -> None:
     with pytest.raises(ExperimentError, match="requires_grad"):
         layout_of(nn.Flatten())
+
+
+# --- the gradient of pooled images -----------------------------------------------------------------------------------
+
+
+class Formats(TorchDispatchMode):
+    """Notes how the gradients lie that max-pooling's backward pass is given."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: list[bool] = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if op is torch.ops.aten.max_pool2d_with_indices_backward.default:
+            self.seen.append(args[0].is_contiguous(memory_format=torch.channels_last))
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("between", [nn.Identity(), nn.ReLU()], ids=["flatten", "relu"])
+def test_pooled_images_have_gradients_as_they_lie(between: nn.Module) -> None:
+    """Wherever they come from, and the numbers are those of the module alone."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(2, 3, 3), nn.MaxPool2d(2), between, nn.Flatten(), nn.Linear(27, 4)]
+    module, x, y = nn.Sequential(*layers).double(), torch.randn(5, 2, 8, 8).double(), torch.arange(5) % 4
+    alone = torch.autograd.grad(functional.cross_entropy(module(x), y), list(module.parameters()))
+    net = Net(module)
+    with Formats() as formats:
+        for _ in range(2):
+            loss = functional.cross_entropy(net.module(net.arrange(x)), y)
+            for mine, theirs in zip(torch.autograd.grad(loss, net.weights), alone, strict=True):
+                torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-14)
+
+    assert formats.seen == [True, True]
