@@ -101,6 +101,7 @@ class FitTrainer(LeanTrainer):
         net, work = self._net, Work(self._turn, self._net, self._local, self._strategy, drift, epochs)
         net.module.train()
         net.module.zero_grad(set_to_none=True)
+        self._begin()
         net.flat.copy_(start)
         metrics = self._client.fit(work) or {}
         net.collect()

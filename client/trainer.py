@@ -70,10 +70,12 @@ class LeanTrainer:
     def __init__(self, net: Net, local: LocalTraining, turn: Turn) -> None:
         self._net, self._local, self._turn = net, local, turn
         self._loss = loss_named(local.loss)
+        self._first: tuple[Tensor | None, Tensor | None] | None = None
 
     def run(self, start: Tensor, *, drift: Drift | None = None, epochs: int | None = None) -> Update:
         net, local = self._net, self._local
         _in_training(net.module)
+        self._begin()
         net.flat.copy_(start)
         plain = local.optimizer == "sgd" and not (local.momentum or local.weight_decay or local.clip)
         step = self._step_plain if plain else self._stepper()
@@ -85,6 +87,13 @@ class LeanTrainer:
             sizes.append(len(x))
         steps = len(sizes)
         return self._update(start, steps, steps * self._turn.lr, {"loss": _weighted_mean(losses, sizes)})
+
+    def _begin(self) -> None:
+        """A strategy may train twice: each time from the round's buffers and counters."""
+        if self._first is None:
+            self._first = self._net.read(Segment.BUFFERS), self._net.read(Segment.COUNTERS)
+        else:
+            self._net.restore(*self._first)
 
     def _update(self, start: Tensor, steps: int, lr_sum: float, metrics: Mapping[str, float]) -> Update:
         """What the net holds now, as seen from ``start``."""

@@ -28,10 +28,14 @@ if TYPE_CHECKING:
     from shoal.simulations.partitioners import QuantitySkew as QuantitySkew
     from shoal.simulations.partitioners import Shards as Shards
     from shoal.strategies.base import Strategy as Strategy
+    from shoal.strategies.ditto import Ditto as Ditto
     from shoal.strategies.fedadagrad import FedAdagrad as FedAdagrad
     from shoal.strategies.fedadam import FedAdam as FedAdam
     from shoal.strategies.fedavg import FedAvg as FedAvg
     from shoal.strategies.fedavgm import FedAvgM as FedAvgM
+    from shoal.strategies.feddyn import FedDyn as FedDyn
+    from shoal.strategies.fedexp import FedExP as FedExP
+    from shoal.strategies.fednova import FedNova as FedNova
     from shoal.strategies.fedprox import FedProx as FedProx
     from shoal.strategies.fedyogi import FedYogi as FedYogi
     from shoal.strategies.scaffold import Scaffold as Scaffold
@@ -43,11 +47,15 @@ _HOMES = {
     "Evaluation": "shoal.protos.experiment",
     "Dirichlet": "shoal.simulations.partitioners",
     "DirichletMix": "shoal.simulations.partitioners",
+    "Ditto": "shoal.strategies.ditto",
     "Experiment": "shoal.experiment",
     "FedAdagrad": "shoal.strategies.fedadagrad",
     "FedAdam": "shoal.strategies.fedadam",
     "FedAvg": "shoal.strategies.fedavg",
     "FedAvgM": "shoal.strategies.fedavgm",
+    "FedDyn": "shoal.strategies.feddyn",
+    "FedExP": "shoal.strategies.fedexp",
+    "FedNova": "shoal.strategies.fednova",
     "FedProx": "shoal.strategies.fedprox",
     "FedYogi": "shoal.strategies.fedyogi",
     "Iid": "shoal.simulations.partitioners",
@@ -70,12 +78,16 @@ __all__ = [
     "Comparison",
     "Dirichlet",
     "DirichletMix",
+    "Ditto",
     "Evaluation",
     "Experiment",
     "FedAdagrad",
     "FedAdam",
     "FedAvg",
     "FedAvgM",
+    "FedDyn",
+    "FedExP",
+    "FedNova",
     "FedProx",
     "FedYogi",
     "Iid",

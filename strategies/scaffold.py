@@ -1,9 +1,9 @@
-"""SCAFFOLD (Karimireddy et al. 2020, ICML, arXiv 1910.06378, Algorithm 1, option II)."""
+"""SCAFFOLD (Karimireddy et al. 2020, ICML, arXiv 1910.06378, Algorithm 1)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Annotated, final
+from typing import Annotated, Literal, final
 
 import torch
 from annotated_types import Gt
@@ -22,17 +22,19 @@ class Scaffold(Strategy):
 
     ::
 
-        client:  w ← w − η (gₖ(w) − cₖ + c),     cₖ⁺ = cₖ − c − Δₖ / Σ η
+        client:  w ← w − η (gₖ(w) − cₖ + c)
+                 option 2:  cₖ⁺ = cₖ − c − Δₖ / Σ η       option 1:  cₖ⁺ = ∇fₖ(w_sent)
         server:  w ← w + η_g mean Δₖ,            c ← c + (counted / population) mean (cₖ⁺ − cₖ)
 
     Use it on heterogeneous clients that come back: twice FedAvg's bytes both ways, one model of state per client.
-    Clients weigh the same, as in the paper. Valid for plain SGD only: cₖ⁺ is the mean gradient of the local
-    steps only if a step is lr × gradient.
+    Clients weigh the same, as in the paper. Option 2 is valid for plain SGD only: cₖ⁺ is the mean gradient of the local
+    steps only if a step is lr × gradient. Option 1 is, with any optimizer, but costs a pass over all local examples.
     """
 
     server_lr: Annotated[float, Gt(0)] = 1.0
+    option: Literal[1, 2] = 2
 
-    citation = "Karimireddy et al. 2020, ICML, Algorithm 1 (option II)"
+    citation = "Karimireddy et al. 2020, ICML, Algorithm 1"
 
     def init(self, parameters: Tensor) -> State:
         return {"parameters": parameters, "control": torch.zeros_like(parameters)}
@@ -46,6 +48,9 @@ class Scaffold(Strategy):
     def local(self, trainer: Trainer, sent: Sent, mine: Mine) -> tuple[Update, Mine]:
         control, own = sent.tensors["control"], mine["control"]
         update = trainer.run(sent.parameters, drift=control - own)
+        if self.option == 1:
+            new = trainer.gradient(sent.parameters)
+            return replace(update, tensors={"control": new - own}), {"control": new}
         if not isinstance(update.lr_sum, Tensor) and not update.lr_sum > 0:
             raise InvalidUpdate("SCAFFOLD needs at least one step with its learning rate to estimate a gradient")
         new = own - control - update.delta / update.lr_sum
@@ -61,6 +66,6 @@ class Scaffold(Strategy):
         }
 
     def refuses(self, local: LocalOptimizer) -> str | None:
-        if local.optimizer != "sgd" or local.momentum or local.clip is not None:
+        if self.option == 2 and (local.optimizer != "sgd" or local.momentum or local.clip is not None):
             return "its control variates are mean gradients only under plain SGD (no momentum, no clipping)"
         return None

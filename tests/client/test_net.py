@@ -110,7 +110,7 @@ class Formats(TorchDispatchMode):
     """Notes how the gradients lie that max-pooling's backward pass is given."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.seen: list[bool] = []
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

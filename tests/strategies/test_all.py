@@ -29,13 +29,17 @@ STRATEGIES: dict[str, type[Strategy]] = {e.name: e.load() for e in entry_points(
 
 # The papers' own values; where a paper tunes one (FedAvgM's β, FedProx's μ, the server's η), a value of its grid.
 DEFAULTS: dict[str, dict[str, object]] = {
+    "ditto": {"lam": 1.0, "personal_epochs": None, "weighting": "examples"},
     "fedadagrad": {"server_lr": 0.1, "beta1": 0.0, "tau": 1e-3, "weighting": "examples"},
     "fedadam": {"server_lr": 0.1, "beta1": 0.9, "beta2": 0.99, "tau": 1e-3, "weighting": "examples"},
     "fedavg": {"weighting": "examples"},
     "fedavgm": {"server_lr": 1.0, "momentum": 0.9, "nesterov": False, "weighting": "examples"},
+    "feddyn": {"alpha": 0.01},
+    "fedexp": {"epsilon": 1e-3, "weighting": "uniform"},
+    "fednova": {"momentum": 0.0, "weighting": "examples"},
     "fedprox": {"mu": 0.01, "weighting": "examples"},
     "fedyogi": {"server_lr": 0.01, "beta1": 0.9, "beta2": 0.99, "tau": 1e-3, "weighting": "examples"},
-    "scaffold": {"server_lr": 1.0},
+    "scaffold": {"server_lr": 1.0, "option": 2},
 }
 
 
@@ -201,9 +205,9 @@ def weighted(strategy: Strategy, examples: float, quadratics: Make) -> State:
 def test_weights_that_make_no_mean_are_an_error(strategy: Strategy, examples: float, quadratics: Make) -> None:
     if not weighs(strategy):
         pytest.skip("its clients weigh the same: it divides by how many were counted, which is never 0")
+    by_examples, uniform = (replace(strategy, weighting=w) for w in ("examples", "uniform"))  # type: ignore[type-var]
     with pytest.raises(RoundError, match="positive number of examples"):
-        weighted(strategy, examples, quadratics)
-    uniform = replace(strategy, weighting="uniform")  # type: ignore[type-var]
+        weighted(by_examples, examples, quadratics)
     assert vector(weighted(uniform, examples, quadratics), "parameters").isfinite().all()
 
 
@@ -216,7 +220,8 @@ def test_examples_weigh_only_where_they_are_declared_to(
     equal_say = replace(strategy, weighting="uniform") if weighs(strategy) else strategy  # type: ignore[type-var]
     assert bits(simulate(equal_say, clients, 3)[0]) == bits(simulate(equal_say, alike, 3)[0])
     if weighs(strategy):
-        assert bits(simulate(strategy, clients, 3)[0]) != bits(simulate(strategy, alike, 3)[0])
+        by_examples = replace(strategy, weighting="examples")  # type: ignore[type-var]
+        assert bits(simulate(by_examples, clients, 3)[0]) != bits(simulate(by_examples, alike, 3)[0])
 
 
 # --- what crosses and what is kept ----------------------------------------------------------------------------------

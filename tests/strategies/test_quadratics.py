@@ -18,10 +18,14 @@ from torch import Tensor
 
 from shoal.protos.errors import InvalidUpdate
 from shoal.strategies.base import Context, Mine, Scaled, Sent, State, Strategy, Terms, Trainer, vector
+from shoal.strategies.ditto import Ditto
 from shoal.strategies.fedadagrad import FedAdagrad
 from shoal.strategies.fedadam import FedAdam
 from shoal.strategies.fedavg import FedAvg
 from shoal.strategies.fedavgm import FedAvgM
+from shoal.strategies.feddyn import FedDyn
+from shoal.strategies.fedexp import FedExP
+from shoal.strategies.fednova import FedNova
 from shoal.strategies.fedprox import FedProx
 from shoal.strategies.fedyogi import FedYogi
 from shoal.strategies.scaffold import Scaffold
@@ -32,7 +36,8 @@ Bits = Callable[[Mapping[str, Tensor | float]], Mapping[str, bytes | float]]
 
 EXACT = partial(pytest.approx, rel=0, abs=1e-12)
 H, E, P, TAU, LR = (1.0, 2.0, 0.5), (0.0, 1.0, 4.0), (0.5, 0.3, 0.2), (2, 10, 30), 0.05
-ALL = [FedAdagrad(), FedAdam(), FedAvg(), FedAvgM(), FedProx(), FedYogi(), Scaffold()]
+ALL: list[Strategy] = [FedAdagrad(), FedAdam(), FedAvg(), FedAvgM(), FedProx(), FedYogi(), Scaffold()]
+ALL += [Scaffold(option=1), Ditto(), FedDyn(), FedExP(), FedNova(), FedNova(momentum=0.5)]
 
 
 def double(value: float) -> Tensor:
@@ -106,11 +111,12 @@ def test_many_coordinates_at_once(quadratics: Make, simulate: Simulate) -> None:
 # --- SCAFFOLD -------------------------------------------------------------------------------------------------------
 
 
-def test_scaffold_reaches_the_optimum_after_unequal_work(three: list[Trainer], simulate: Simulate) -> None:
+@pytest.mark.parametrize("option", [1, 2])
+def test_scaffold_reaches_the_optimum_after_unequal_work(option: Any, three: list[Trainer], simulate: Simulate) -> None:
     """The exact optimum of the mean over clients, Σ h e / Σ h, where FedAvg stops elsewhere; there the control
     variates are the clients' gradients and the server's is zero.
     """
-    state, mine = simulate(Scaffold(), three, 300, block=True)
+    state, mine = simulate(Scaffold(option=option), three, 300, block=True)
     assert float(vector(state, "parameters")) == EXACT(mean(list(H)))
     assert mean(list(H)) == EXACT(1.142857142857)
     assert float(vector(state, "control")) == EXACT(0)
@@ -181,6 +187,7 @@ def test_scaffold_refuses_all_but_plain_sgd() -> None:
     assert Scaffold().refuses(Local()) is None
     for wrong in (Local("adam"), Local(momentum=0.9), Local(clip=1.0)):
         assert "plain SGD" in (Scaffold().refuses(wrong) or "")
+        assert Scaffold(option=1).refuses(wrong) is None
 
 
 # --- blocks ---------------------------------------------------------------------------------------------------------
