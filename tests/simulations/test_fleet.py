@@ -102,7 +102,7 @@ def test_an_update_that_is_not_finite_is_not_counted(tmp_path: Path, act: str, w
 
 @pytest.mark.slow
 def test_a_worker_that_dies_costs_one_client(tmp_path: Path) -> None:
-    """The culprits fail, their leaves are repeated without them, and the bits are those of clients that merely raised."""
+    """Culprits fail, their leaves are repeated without them, and the bits are those of clients that merely raised."""
     run = simulate(tmp_path, {"5": "exit", "20": "die"}, workers=2, rounds=1)
     raised = simulate(tmp_path, {"5": "raise", "20": "raise"}, rounds=1)
 
