@@ -23,7 +23,6 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from fnmatch import fnmatch
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -155,7 +154,7 @@ def main() -> int:
     if asked.list:
         print("workloads: ", *WORKLOADS, "\ncontenders:", *CONTENDERS)
         return 0
-    names, report = chosen(asked.contenders, asked.without), circumstances()
+    report = circumstances()
     if (report["load_average"] or 0) > BUSY and not asked.force:
         print(f"the load average is {report['load_average']:.1f}: other work would distort the times; wait, or --force")
         return 2
@@ -171,8 +170,8 @@ def main() -> int:
         )
         print(f"\n{name}: {work.title}", flush=True)
         with prepared(work) as task:
-            fit = [one for one in names if not any(fnmatch(one, pattern) for pattern in work.without)]
-            runs = run(task, fit, 1 if asked.quick else asked.repetitions)
+            names = chosen(asked.contenders, [*asked.without, *work.without])
+            runs = run(task, names, 1 if asked.quick else asked.repetitions)
             lines = figures(task, runs, CONTENDERS, references(task, runs))
             report["workloads"][name] = heading(work, task) | {"lines": lines}
         failures |= {f"{name}, {contender}": why for contender, why in wrong(work, lines, CONTENDERS).items()}

@@ -59,13 +59,11 @@ class Replicas:
         key = part.start, part.stop
         if key not in self._views:
             weights, buffers, counters = self._net.shapes
-            matrices = [m[part] for m in self._matrices]
-            owned = matrices if self._fused else _split(matrices[0], weights)
-            views = [matrix.view(len(matrix), *shape) for matrix, shape in zip(owned, weights, strict=True)]
+            matrices = [matrix[part] for matrix in self._matrices]
+            views = _shaped(matrices if self._fused else _split(matrices[0], weights), weights)
             for vectors, shapes in ((self.buffers, buffers), (self.counters, counters)):
                 if vectors is not None:
-                    columns = _split(vectors[part], shapes)
-                    views += [c.view(len(c), *shape) for c, shape in zip(columns, shapes, strict=True)]
+                    views += _shaped(_split(vectors[part], shapes), shapes)
             self._views[key] = views
         return self._views[key]
 
@@ -98,3 +96,7 @@ class Replicas:
 
 def _split(vectors: Tensor, shapes: Sequence[torch.Size]) -> Sequence[Tensor]:
     return torch.split(vectors, [shape.numel() for shape in shapes], dim=1)
+
+
+def _shaped(columns: Sequence[Tensor], shapes: Sequence[torch.Size]) -> list[Tensor]:
+    return [column.view(len(column), *shape) for column, shape in zip(columns, shapes, strict=True)]

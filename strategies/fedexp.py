@@ -33,8 +33,8 @@ class FedExP(Strategy):
         return trainer.run(sent.parameters), mine
 
     def contribute(self, state: State, update: Update, context: Context) -> Terms:
-        mean = WeightedMean(self.weighting).contribute(update)
-        return {**mean, "squares": mean["weight"] * _square(update.delta)}  # type: ignore[operator]  # a number
+        mean = WeightedMean(self.weighting)
+        return {**mean.contribute(update), "squares": mean.weight(update) * _square(update.delta)}
 
     def finish(self, state: State, total: Terms, context: Context) -> State:
         delta = WeightedMean.finish(total)

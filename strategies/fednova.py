@@ -55,7 +55,7 @@ class FedNova(Strategy):
         return update, mine
 
     def contribute(self, state: State, update: Update, context: Context) -> Terms:
-        weight, work = 1.0 if self.weighting == "uniform" else update.examples, self._work(update.steps)
+        weight, work = WeightedMean(self.weighting).weight(update), self._work(update.steps)
         return {"delta": Scaled(update.delta, weight / work), "weight": weight, "work": weight * work}
 
     def _work(self, steps: Any) -> Any:

@@ -26,6 +26,10 @@ class WeightedMean:
 
     weighting: Weighting = field(default="examples")
 
+    def weight(self, update: Update) -> float | Tensor:
+        """wₖ; for a block ``[K, 1]``."""
+        return 1.0 if self.weighting == "uniform" else update.examples
+
     def contribute(self, update: Update) -> Terms:
         """One client's terms of the two sums."""
         if self.weighting == "uniform":
