@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+import socketserver
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,29 +71,29 @@ def welcome(**changes: Any) -> wire.ConnectReply:
     return wire.ConnectReply(welcome=wire.Welcome(**(fields | changes)))
 
 
-@asynccontextmanager
-async def listening(answer: bytes | None) -> AsyncIterator[Address]:
+@contextmanager
+def listening(answer: bytes | None) -> Iterator[Address]:
     """What is no gRPC server: it says the same to everybody and hangs up, or with None nothing at all."""
-    over, speaking = asyncio.Event(), set[asyncio.Task[None] | None]()
+    over = threading.Event()
 
-    async def speak(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        speaking.add(asyncio.current_task())
-        if answer is None:
-            await over.wait()
-        else:
-            await reader.read(1)
-            writer.write(answer)
-        writer.close()
-        with contextlib.suppress(ConnectionError):
-            await writer.wait_closed()
+    class Speak(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            if answer is None:
+                over.wait()
+                return
+            with contextlib.suppress(ConnectionError):
+                self.request.recv(1)
+                self.request.sendall(answer)
 
-    server = await asyncio.start_server(speak, "127.0.0.1", 0)
-    yield Address("127.0.0.1", server.sockets[0].getsockname()[1])
-    server.close()
-    over.set()
-    for _ in range(5):  # who has just been accepted comes to speak
-        await asyncio.sleep(0)
-    await asyncio.gather(*filter(None, speaking))
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Speak) as server:  # whose end waits for all who speak
+        serving = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        serving.start()
+        try:
+            yield Address("127.0.0.1", server.server_address[1])
+        finally:
+            over.set()
+            server.shutdown()
+            serving.join()
 
 
 async def given_up(address: Address, patience: float | None = 0.0, once: bool = True) -> str:
@@ -125,7 +127,7 @@ async def test_a_host_that_does_not_exist() -> None:
 
 @pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n", b"SSH-2.0-x\r\n", b""])
 async def test_another_kind_of_server(answer: bytes) -> None:
-    async with listening(answer) as address:
+    with listening(answer) as address:
         said = await given_up(address)
 
     assert said.startswith(f"what answers at {address} speaks no plain gRPC; ")
@@ -145,7 +147,7 @@ async def test_a_server_of_another_service(serve: Serve) -> None:
 async def test_a_server_that_takes_the_connection_and_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shoal.client.link.HELLO", 0.2)
     monkeypatch.setattr("shoal.client.diagnose.PATIENCE", 0.2)
-    async with listening(None) as address:
+    with listening(None) as address:
         said = await given_up(address)
 
     assert said.startswith(f"what answers at {address} speaks no plain gRPC; ")
