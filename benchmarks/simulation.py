@@ -114,15 +114,13 @@ def heading(work: Workload, task: Task) -> dict[str, Any]:
     }
 
 
-def page(report: dict[str, Any]) -> str:
-    """What stands in docs/performance.md."""
-    machine, versions = report["machine"], ", ".join(f"{k} {v}" for k, v in report["versions"].items())
-    load = report["load_average"]
-    parts = [
-        f"`{report['command']}` on {machine['processor']}, {machine['cores']} cores, {report['system']}; {versions}; "
-        f"load average before: {'unknown' if load is None else f'{load:.2f}'}."
-    ]
-    for name, found in report["workloads"].items():
+def page(report: Mapping[str, Any]) -> str:
+    """What stands in docs/performance.md: first what was run on what, where that is not as above."""
+    parts, above = list[str](), None
+    for name, found in report.items():
+        if (here := _conditions(found["circumstances"])) != above:
+            parts.append(here)
+        above = here
         floor = found["lines"].get("floor", {})
         peak = (
             f" Peak {floor['peak_gflops']:.0f} GF/s, copies {floor['copy_gbytes']:.1f} GB/s; floor: {floor['layout']}."
@@ -132,6 +130,15 @@ def page(report: dict[str, Any]) -> str:
         about = f"{found['title']}, {found['cohort']} a round, {found['parameters']:,} parameters"
         parts.append(f"**{name}** · {about}, {found['rounds']} rounds.{peak}\n\n{table(found['lines'])}")
     return "\n\n".join(parts)
+
+
+def _conditions(found: Mapping[str, Any]) -> str:
+    machine, load = found["machine"], found["load_average"]
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    return (
+        f"`{found['command']}` on {machine['processor']}, {machine['cores']} cores, {found['system']}; {versions}; "
+        f"load average before: {'unknown' if load is None else f'{load:.2f}'}."
+    )
 
 
 def options() -> argparse.Namespace:
@@ -154,13 +161,15 @@ def main() -> int:
     if asked.list:
         print("workloads: ", *WORKLOADS, "\ncontenders:", *CONTENDERS)
         return 0
-    report = circumstances()
-    if (report["load_average"] or 0) > BUSY and not asked.force:
-        print(f"the load average is {report['load_average']:.1f}: other work would distort the times; wait, or --force")
+    here = circumstances()
+    if (here["load_average"] or 0) > BUSY and not asked.force:
+        print(f"the load average is {here['load_average']:.1f}: other work would distort the times; wait, or --force")
         return 2
     out = RESULTS / f"{asked.publish}.json" if asked.publish else asked.out
     out.parent.mkdir(parents=True, exist_ok=True)
-    report["workloads"], failures = dict[str, Any](), dict[str, str]()
+    published = asked.publish and out.exists()
+    report: dict[str, Any] = json.loads(out.read_text("utf-8")) if published else {}  # other workloads stay
+    failures = dict[str, str]()
     for name in asked.only:
         work = replace(WORKLOADS[name], rounds=asked.rounds or WORKLOADS[name].rounds)
         work = (
@@ -173,9 +182,10 @@ def main() -> int:
             names = chosen(asked.contenders, [*asked.without, *work.without])
             runs = run(task, names, 1 if asked.quick else asked.repetitions)
             lines = figures(task, runs, CONTENDERS, references(task, runs))
-            report["workloads"][name] = heading(work, task) | {"lines": lines}
+            report[name] = {"circumstances": here} | heading(work, task) | {"lines": lines}
         failures |= {f"{name}, {contender}": why for contender, why in wrong(work, lines, CONTENDERS).items()}
         print(table(lines), flush=True)
+        report = {known: report[known] for known in WORKLOADS if known in report}
         out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")  # what is measured is not lost
     if asked.publish:
         PAGE.write_text(put(PAGE.read_text("utf-8"), asked.publish, page(report)), "utf-8")

@@ -119,8 +119,8 @@ def test_the_benchmark_runs_each_in_a_process_of_its_own(tmp_path: Path) -> None
 
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(out.read_text())
-    assert {"machine", "versions", "load_average", "command"} <= report.keys()
-    lines = report["workloads"]["test"]["lines"]
+    assert {"machine", "versions", "load_average", "command"} <= report["test"]["circumstances"].keys()
+    lines = report["test"]["lines"]
     assert list(lines) == ["plain", "floor", "shoal-lean-2"]
     assert lines["plain"]["difference"] == 0 < lines["shoal-lean-2"]["of_the_way"] < 1e-4
     assert lines["floor"]["ms_per_round"] > 0 and lines["floor"]["first_round_seconds"] is None
