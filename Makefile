@@ -6,7 +6,7 @@ DEMO := fedavg,fedprox:mu=0.1,fedadam:server_lr=0.01,scaffold
 PROTOC := -I shoal/protos=protos --python_out=.types --mypy_out=quiet:.types \
 	--grpc_python_out=.types --mypy_grpc_out=quiet:.types shoal/protos/fleet.proto
 
-.PHONY: help demo test check protos bench bench-peers bench-service clean
+.PHONY: help demo test check protos docs papers bench bench-peers bench-service bench-strategies clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -36,6 +36,15 @@ check: .venv/.dev ## lint, types, and whether the generated stubs are current
 
 protos: .venv/.dev ## generate the stubs of protos/fleet.proto
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc $(PROTOC)
+
+docs: .venv/.dev ## write docs/strategies.md from the strategies' docstrings
+	$(BIN)/python -m shoal.catalog < benchmarks/results/strategies.json > docs/strategies.md
+
+papers: .venv/.dev ## run papers' experiments again and write docs/results.md, in about half an hour
+	for paper in niidbench2022 mcmahan2017 fedprox2020; do $(BIN)/python examples/papers/$$paper.py || exit 1; done
+
+bench-strategies: .venv/.dev ## measure what each strategy costs beside FedAvg
+	$(BIN)/python -m benchmarks.strategies
 
 bench-service: .venv/.dev ## measure the gRPC service beside a bare stream of chunks
 	$(BIN)/python benchmarks/service.py

@@ -18,7 +18,8 @@ from shoal.client.local import LocalTraining
 from shoal.client.net import Net
 from shoal.client.trainer import LeanTrainer, Turn, declared_batches
 from shoal.protos.errors import ExperimentError, InvalidUpdate
-from shoal.strategies.base import Drift, Strategy, Update, drift_at
+from shoal.strategies.base import Drift, Gradient, Loss, Strategy, Update, drift_at
+from shoal.strategies.sums import Carried
 
 __all__ = ["RESERVED", "Client", "FitTrainer", "Work"]
 
@@ -80,6 +81,7 @@ class _Used:
     optimizer: str
     momentum: float
     clip: float | None = None
+    weight_decay: float = 0.0
 
 
 class Client(ABC):
@@ -93,16 +95,31 @@ class Client(ABC):
 class FitTrainer(LeanTrainer):
     """Runs a :class:`Client`'s ``fit`` where a strategy asks for training."""
 
-    def __init__(self, client: Client, strategy: Strategy, net: Net, local: LocalTraining, turn: Turn) -> None:
-        super().__init__(net, local, turn)
+    def __init__(
+        self, client: Client, strategy: Strategy, net: Net, local: LocalTraining, turn: Turn, carried: Carried
+    ) -> None:
+        super().__init__(net, local, turn, carried)
         self._client, self._strategy = client, strategy
 
-    def run(self, start: Tensor, *, drift: Drift | None = None, epochs: int | None = None) -> Update:
+    def run(
+        self,
+        start: Tensor,
+        *,
+        drift: Drift | None = None,
+        gradient: Gradient | None = None,
+        loss: Loss | None = None,
+        mask: Tensor | None = None,
+        epochs: int | None = None,
+    ) -> Update:
+        if gradient is not None or loss is not None or mask is not None:
+            raise ExperimentError(
+                f"strategy {type(self._strategy).__name__} trains in a way of its own (another gradient, loss or part "
+                f"of the model), which a fit of your own does not know; declare local training instead"
+            )
         net, work = self._net, Work(self._turn, self._net, self._local, self._strategy, drift, epochs)
-        net.module.train()
         net.module.zero_grad(set_to_none=True)
-        self._begin()
-        net.flat.copy_(start)
+        self._begin(start)
+        net.module.train()  # all of it: a fit may leave a part in evaluation
         metrics = self._client.fit(work) or {}
         net.collect()
         _check_fit(work, drift, metrics)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Gt, Le, Lt
 
 from shoal.protos.errors import ExperimentError
 
@@ -23,7 +23,8 @@ class LocalTraining:
     ``"sgd"``, ``"adam"`` or ``"adamw"`` with PyTorch's rules, made anew for every task. In round r the learning rate is
     ``lr * lr_decay ** (r - 1)``. ``clip`` bounds the norm of every batch gradient. ``batch_size=0`` takes the whole
     shard as one batch. Each epoch shuffles anew; its last, smaller batch is kept unless ``drop_last`` (BatchNorm cannot
-    train on a batch of one). A parameter that the loss does not reach has a gradient of zero.
+    train on a batch of one). In each round each client is a straggler with the probability ``stragglers``: it makes at
+    random 1 to ``epochs`` − 1 epochs. A parameter that the loss does not reach has a gradient of zero.
     """
 
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
@@ -32,6 +33,7 @@ class LocalTraining:
     drop_last: bool = False
     epochs: Annotated[int, Ge(1)] = 1
     steps: Annotated[int, Ge(1)] | None = None
+    stragglers: Annotated[float, Ge(0), Le(1)] = 0.0
     momentum: Annotated[float, Ge(0), Lt(1)] = 0.0
     nesterov: bool = False
     weight_decay: Annotated[float, Ge(0)] = 0.0
@@ -47,6 +49,10 @@ class LocalTraining:
             raise ExperimentError(f"local.momentum belongs to 'sgd', not to {self.optimizer!r}; set local.betas")
         if self.nesterov and not self.momentum:
             raise ExperimentError("local.nesterov needs local.momentum > 0")
+        if self.stragglers and (self.steps is not None or self.epochs < 2):
+            raise ExperimentError(
+                "local.stragglers do fewer epochs than declared: set local.epochs to 2 or more, no steps"
+            )
         if self.metrics is None:
             # A mean of errors says nothing of classes, nor accuracy of a regression.
             fitting = {"cross-entropy": ("accuracy",), "binary-cross-entropy": ("accuracy",), "mse": ("mae",)}

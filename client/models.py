@@ -17,10 +17,12 @@ def linear(shape: tuple[int, ...], classes: int) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), classes))
 
 
-def mlp(shape: tuple[int, ...], classes: int, hidden: tuple[int, ...] = (200, 200)) -> nn.Module:
-    """A ReLU network; the default is the "2NN" of McMahan et al. 2017."""
+def mlp(shape: tuple[int, ...], classes: int, hidden: tuple[int, ...] = (200, 200), norm: bool = False) -> nn.Module:
+    """A ReLU network; the default is the "2NN" of McMahan et al. 2017. ``norm`` adds BatchNorm."""
     widths = [math.prod(shape), *hidden]
-    layers = [layer for a, b in pairwise(widths) for layer in (nn.Linear(a, b), nn.ReLU())]
+    layers: list[nn.Module] = []
+    for inputs, outputs in pairwise(widths):
+        layers += [nn.Linear(inputs, outputs), *([nn.BatchNorm1d(outputs)] if norm else []), nn.ReLU()]
     return nn.Sequential(nn.Flatten(), *layers, nn.Linear(widths[-1], classes))
 
 

@@ -7,6 +7,7 @@ same bits.
 from __future__ import annotations
 
 import traceback
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,14 +17,16 @@ from shoal.client.data import Shard
 from shoal.client.local import LocalTraining
 from shoal.client.losses import loss_named, metric_named
 from shoal.client.net import Net, to_numpy
-from shoal.client.trainer import LeanTrainer, Turn
+from shoal.client.trainer import LeanTrainer, turn_of
 from shoal.protos import seeds
 from shoal.protos.errors import ExperimentError, ShoalError
 from shoal.protos.messages import Failure, check_update
 from shoal.strategies.base import Mine, Sent, Strategy, Update
 from shoal.strategies.sums import Carried
 
-__all__ = ["Participant", "evaluate", "failure"]
+__all__ = ["BUFFERS", "Participant", "evaluate", "failure", "kept_back"]
+
+BUFFERS = "/buffers"  # under which a client's state has buffers of its own; no strategy's name begins so
 
 
 class Participant:
@@ -47,15 +50,19 @@ class Participant:
         """
         sent, shard = self.place(sent), self._place_shard(shard)
         self._seed_torch(seeds.integer(self._seed, "torch", round, client))
-        self.net.restore(carried.buffers, carried.counters)
-        update, after = self._strategy.local(self._trainer(client, round, shard), sent, self._before(sent, mine))
+        before, kept = self._before(sent, carried, mine)
+        update, after = self._strategy.local(self._trainer(client, round, shard, kept), sent, before)
+        update, after = kept_back(self._strategy, update, after, carried)
         check_update(update.map(to_numpy), self.net.layout, self._strategy.reply(sent), client, round)
         return update.map(Tensor.cpu), {name: tensor.cpu() for name, tensor in after.items()}
 
-    def _before(self, sent: Sent, mine: Mine | None) -> Mine:
+    def _before(self, sent: Sent, carried: Carried, mine: Mine | None) -> tuple[Mine, Carried]:
+        """The client's state before a task, and the buffers and counters to begin with."""
         if mine is None:
-            return self._strategy.init_client(sent.parameters)
-        return {name: tensor.to(self.net.flat.device) for name, tensor in mine.items()}
+            return self._strategy.init_client(sent.parameters), carried
+        own = {name: tensor.to(self.net.flat.device) for name, tensor in mine.items()}
+        buffers = own.pop(BUFFERS, carried.buffers) if self._strategy.own_buffers else carried.buffers
+        return own, Carried(buffers, carried.counters)
 
     def _place_shard(self, shard: Shard) -> Shard:
         """The examples to train on as the model takes them: token ids stay integers."""
@@ -68,19 +75,43 @@ class Participant:
         if self.net.flat.is_cuda:
             torch.cuda.manual_seed(seed)
 
-    def _trainer(self, client: str, round: int, shard: Shard) -> LeanTrainer:
-        lr = self._local.lr * self._local.lr_decay ** (round - 1)
-        turn = Turn(client, round, shard, seeds.stream(self._seed, "batches", round, client), lr)
+    def _trainer(self, client: str, round: int, shard: Shard, carried: Carried) -> LeanTrainer:
+        turn = turn_of(self._local, self._seed, client, round, shard)
         if self._client is None:
-            return LeanTrainer(self.net, self._local, turn)
-        return FitTrainer(self._client, self._strategy, self.net, self._local, turn)
+            return LeanTrainer(self.net, self._local, turn, carried)
+        return FitTrainer(self._client, self._strategy, self.net, self._local, turn, carried)
 
-    def evaluate(self, shard: Shard, sent: Sent, carried: Carried, mine: Mine | None) -> dict[str, float]:
-        """Loss and metrics of the client's own model on a shard."""
-        sent = self.place(sent)
-        self.net.flat.copy_(self._strategy.personal(sent, self._before(sent, mine)))
+    def evaluate(
+        self, client: str, round: int, shard: Shard, sent: Sent, carried: Carried, mine: Mine | None
+    ) -> dict[str, float]:
+        """Loss and metrics of the client's own model on what its shard holds out; nothing if it holds out nothing.
+
+        A strategy that personalises is measured a second time with the global model, under names as ``global_loss``.
+        """
+        if shard.held_out is None:
+            return {}
+        sent, held_out = self.place(sent), self._place_shard(shard.held_out)
+        globally = self._measured(sent.parameters, carried, held_out)
+        if not self._strategy.personalises:
+            return globally
+        self._seed_torch(seeds.integer(self._seed, "torch", round, client))
+        before, kept = self._before(sent, carried, mine)
+        trainer = self._trainer(client, round, self._place_shard(shard), kept)
+        measured = self._measured(self._strategy.personal(trainer, sent, before), kept, held_out)
+        return measured | {f"global_{name}": value for name, value in globally.items() if name != "examples"}
+
+    def _measured(self, parameters: Tensor, carried: Carried, shard: Shard) -> dict[str, float]:
+        self.net.flat.copy_(parameters)
         self.net.restore(carried.buffers, carried.counters)
-        return evaluate(self.net, self._local, self._place_shard(shard))
+        return evaluate(self.net, self._local, shard)
+
+
+def kept_back(strategy: Strategy, update: Update, after: Mine, carried: Carried) -> tuple[Update, Mine]:
+    """Where buffers are the client's own they go into its state, and the round's are sent back; also for a block."""
+    if not strategy.own_buffers or update.buffers is None:
+        return update, after
+    rounds = carried.buffers.to(update.buffers.device).expand_as(update.buffers)
+    return replace(update, buffers=rounds), {**after, BUFFERS: update.buffers}
 
 
 def failure(error: BaseException, client: str, round: int) -> Failure:

@@ -10,20 +10,25 @@ import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count, islice
+from types import EllipsisType
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from shoal.client.batch import NetBatch, NetSlope, joined
 from shoal.client.data import Shard
 from shoal.client.local import LocalTraining
 from shoal.client.losses import loss_named
 from shoal.client.net import Net
 from shoal.client.optimizers import clip_, optimizer_for
-from shoal.protos.parameters import Segment
-from shoal.strategies.base import Drift, Update, drift_at
+from shoal.protos import seeds
+from shoal.protos.errors import InvalidUpdate
+from shoal.protos.parameters import Layout, Segment
+from shoal.strategies.base import Drift, Gradient, Loss, Update, drift_at
+from shoal.strategies.sums import Carried
 
-__all__ = ["LeanTrainer", "Turn", "batches", "declared_batches"]
+__all__ = ["LeanTrainer", "Turn", "batches", "declared_batches", "turn_of"]
 
 
 def batches(
@@ -49,51 +54,104 @@ def declared_batches(local: LocalTraining, turn: Turn, epochs: int | None) -> It
     """The batches of ``epochs``, or where that is None of the declared epochs or steps."""
     limit = local.steps if epochs is None else None
     # Each pass yields at least one batch, so as many passes as steps are always enough.
-    passes = limit or (local.epochs if epochs is None else epochs)
+    passes = limit or epochs or turn.epochs or local.epochs
     return islice(batches(turn.shard, local.batch_size, passes, turn.rng, local.drop_last), limit)
+
+
+Gradients = tuple[Tensor, ...] | list[Tensor]
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One client's training in one round: its examples, a random stream of its own, the round's learning rate."""
+    """One client's training in one round: its examples, a random stream of its own, the round's learning rate.
+
+    ``epochs`` are its own, where it does less than declared.
+    """
 
     client: str
     round: int
     shard: Shard
     rng: np.random.Generator
     lr: float
+    epochs: int | None = None
+
+
+def turn_of(
+    local: LocalTraining, seed: int, client: str, round: int, shard: Shard, rng: np.random.Generator | None = None
+) -> Turn:
+    """A client's turn in a round of the run with this seed; ``rng`` is its stream, where that is there already."""
+    epochs, lr = None, local.lr * local.lr_decay ** (round - 1)
+    if local.stragglers:
+        fate = seeds.stream(seed, "work", round, client)
+        epochs = int(fate.integers(1, local.epochs)) if fate.random() < local.stragglers else None
+    rng = seeds.stream(seed, "batches", round, client) if rng is None else rng
+    return Turn(client, round, shard, rng, lr, epochs)
 
 
 class LeanTrainer:
-    """Trains one client ``[P]``; see :class:`shoal.strategies.base.Trainer`."""
+    """Trains one client ``[P]``; see :class:`shoal.strategies.base.Trainer`.
 
-    def __init__(self, net: Net, local: LocalTraining, turn: Turn) -> None:
-        self._net, self._local, self._turn = net, local, turn
-        self._loss = loss_named(local.loss)
-        self._first: tuple[Tensor | None, Tensor | None] | None = None
+    Each run begins from the ``carried`` buffers and counters. ``part`` is the client's row, where it is of a block.
+    """
 
-    def run(self, start: Tensor, *, drift: Drift | None = None, epochs: int | None = None) -> Update:
+    def __init__(
+        self, net: Net, local: LocalTraining, turn: Turn, carried: Carried, part: int | EllipsisType = ...
+    ) -> None:
+        self._net, self._local, self._turn, self._carried = net, local, turn, carried
+        self._loss, self._labels = loss_named(local.loss), turn.shard.y
+        self.lr, self.part = turn.lr, part
+
+    @property
+    def layout(self) -> Layout:
+        return self._net.layout
+
+    def run(
+        self,
+        start: Tensor,
+        *,
+        drift: Drift | None = None,
+        gradient: Gradient | None = None,
+        loss: Loss | None = None,
+        mask: Tensor | None = None,
+        epochs: int | None = None,
+    ) -> Update:
         net, local = self._net, self._local
-        _in_training(net.module)
-        self._begin()
-        net.flat.copy_(start)
+        self._begin(start)
         plain = local.optimizer == "sgd" and not (local.momentum or local.weight_decay or local.clip)
-        step = self._step_plain if plain else self._stepper()
+        step = self._plain_stepper(drift) if plain else self._stepper(drift, mask)
         sizes, losses = list[int](), list[Tensor]()
         for x, y in declared_batches(local, self._turn, epochs):
-            loss = self._loss(net.module(net.arrange(x)), y)
-            step(_gradients(loss, net.weights), drift)
-            losses.append(loss.detach())
+            if gradient is None:
+                batch = self._batch(net.arrange(x), y)
+                value = batch.value(loss)
+                step(batch.gradients(value))
+            else:
+                value, direction = self._made(gradient, NetSlope(self._batch(net.arrange(x), y), loss))
+                step(net.split(direction))
+            if mask is not None:
+                torch.where(mask, net.flat, start, out=net.flat)
+            losses.append(value.detach())
             sizes.append(len(x))
         steps = len(sizes)
-        return self._update(start, steps, steps * self._turn.lr, {"loss": _weighted_mean(losses, sizes)})
+        return self._update(start, steps, steps * self.lr, {"loss": _weighted_mean(losses, sizes)})
 
-    def _begin(self) -> None:
-        """A strategy may train twice: each time from the round's buffers and counters."""
-        if self._first is None:
-            self._first = self._net.read(Segment.BUFFERS), self._net.read(Segment.COUNTERS)
-        else:
-            self._net.restore(*self._first)
+    def _batch(self, x: Tensor, y: Tensor) -> NetBatch:
+        return NetBatch(self._net, self._loss, x, y, self._labels, self.part)
+
+    def _begin(self, start: Tensor) -> None:
+        net = self._net
+        _in_training(net.module)
+        net.restore(self._carried.buffers, self._carried.counters)
+        net.flat.copy_(start)
+
+    def _made(self, gradient: Gradient, slope: NetSlope) -> tuple[Tensor, Tensor]:
+        """A strategy's own gradient of a batch, and the loss where it asked first."""
+        now = self._net.flat.clone()
+        direction = gradient(slope, now)
+        self._net.flat.copy_(now)
+        if slope.first is None:
+            raise InvalidUpdate("the strategy makes a gradient without looking at the batch")
+        return slope.first, direction
 
     def _update(self, start: Tensor, steps: int, lr_sum: float, metrics: Mapping[str, float]) -> Update:
         """What the net holds now, as seen from ``start``."""
@@ -102,25 +160,29 @@ class LeanTrainer:
         examples = float(len(self._turn.shard))
         return Update(net.flat - start, examples, steps, lr_sum, {}, buffers, counters, metrics)
 
-    def _step_plain(self, gradients: tuple[Tensor, ...], drift: Drift | None) -> None:
+    def _plain_stepper(self, drift: Drift | None) -> Callable[[Gradients], None]:
         """w ← w − lr (g + drift), without gathering g into one vector."""
-        net = self._net
-        if drift is not None:
-            net.flat.add_(drift_at(drift, net.flat), alpha=-self._turn.lr)
-        torch._foreach_add_(net.views, gradients, alpha=-self._turn.lr)
+        net, lr = self._net, self.lr
 
-    def _stepper(self) -> Callable[[tuple[Tensor, ...], Drift | None], None]:
+        def step(gradients: Gradients) -> None:
+            if drift is not None:
+                net.flat.add_(drift_at(drift, net.flat), alpha=-lr)
+            torch._foreach_add_(net.views, gradients, alpha=-lr)
+
+        return step
+
+    def _stepper(self, drift: Drift | None, mask: Tensor | None) -> Callable[[Gradients], None]:
         net, clip, taken = self._net, self._local.clip, count()
         optimizer = optimizer_for(self._local, net.flat)
 
-        def step(gradients: tuple[Tensor, ...], drift: Drift | None) -> None:
+        def step(gradients: Gradients) -> None:
             with torch.no_grad():
-                g = _joined(gradients)
+                g = joined(gradients)
                 if drift is not None:
                     g.add_(drift_at(drift, net.flat))
                 if clip is not None:
-                    clip_(g, clip)
-                optimizer.step(net.flat, g, self._turn.lr, next(taken))
+                    clip_(g if mask is None else g.mul_(mask), clip)
+                optimizer.step(net.flat, g, self.lr, next(taken))
 
         return step
 
@@ -135,13 +197,15 @@ class LeanTrainer:
         net, shard = self._net, self._turn.shard
         buffers, counters = net.read(Segment.BUFFERS), net.read(Segment.COUNTERS)
         _in_training(net.module)
+        net.restore(self._carried.buffers, self._carried.counters)
         net.flat.copy_(at)
         total = torch.zeros_like(at) if backward else torch.zeros((), dtype=at.dtype)
         for x, y in zip(torch.split(shard.x, 1024), torch.split(shard.y, 1024), strict=True):
+            batch = self._batch(net.arrange(x.clone()), y)
             with torch.set_grad_enabled(backward):
-                loss = self._loss(net.module(net.arrange(x.clone())), y)
+                loss = batch.value(None)
             if backward:
-                total += _joined(_gradients(loss, net.weights)) * (len(x) / len(shard))
+                total += joined(batch.gradients(loss)) * (len(x) / len(shard))
             else:
                 total += loss.detach() * (len(x) / len(shard))
         net.restore(buffers, counters)
@@ -151,18 +215,6 @@ class LeanTrainer:
 def _in_training(module: nn.Module) -> None:
     if not module.training:  # walking all submodules costs as much as a small step
         module.train()
-
-
-def _gradients(loss: Tensor, weights: list[Tensor]) -> tuple[Tensor, ...]:
-    """The gradients of a batch; zeros for a parameter that the loss does not reach."""
-    found = torch.autograd.grad(loss, weights, allow_unused=True)
-    if any(gradient is None for gradient in found):
-        return tuple(torch.zeros_like(w) if g is None else g for w, g in zip(weights, found, strict=True))
-    return found
-
-
-def _joined(gradients: tuple[Tensor, ...]) -> Tensor:
-    return torch.cat([gradient.reshape(-1) for gradient in gradients])
 
 
 def _weighted_mean(values: list[Tensor], weights: list[int]) -> float:

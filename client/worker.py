@@ -102,10 +102,9 @@ def _answer(job: Mapping[str, Any]) -> Update[np.ndarray] | Measurement:
     carried = Carried(_to_tensor(task.model.buffers), _to_tensor(task.model.counters))
     shard = _shard(client, json.dumps(job["data"], sort_keys=True))
     _check_shard(shard, client, model)
-    mine = _mine(states, int(job["counted"]), strategy.init_client(sent.parameters))
+    mine = _mine(states, int(job["counted"]), bool(strategy.init_client(sent.parameters)) or strategy.own_buffers)
     if task.kind is Kind.EVALUATE:
-        held_out = shard.held_out
-        return Measurement({} if held_out is None else participant.evaluate(held_out, sent, carried, mine))
+        return Measurement(participant.evaluate(client, task.round, shard, sent, carried, mine))
     if task.kind is not Kind.TRAIN:
         raise InvalidUpdate(f"the server asks for a task of kind {task.kind!r}; upgrade this client")
     update, after = participant.train(client, task.round, shard, sent, carried, mine)
@@ -167,12 +166,12 @@ def _check_model(net: Net, layout: Layout, frozen: str) -> None:
         raise InvalidUpdate("the model's frozen tensors differ from the server's; install the same weights on both")
 
 
-def _mine(states: Path, counted: int, initial: Mine) -> Mine | None:
+def _mine(states: Path, counted: int, keeps: bool) -> Mine | None:
     """The client's true state; an error if it had one and it is gone."""
     kept = kept_state(states, counted)
     if kept is not None:
         return load(kept)
-    if counted and initial:
+    if counted and keeps:
         raise DataError(
             f"this client's state of round {counted} is not in {states}; start the client with the --state folder it "
             f"had, or under another name"

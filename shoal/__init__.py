@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from shoal.client.client import Client as Client
     from shoal.client.client import Work as Work
     from shoal.client.local import LocalTraining as LocalTraining
+    from shoal.client.lora import lora as lora
     from shoal.comparing import compare as compare
     from shoal.comparison import Comparison as Comparison
     from shoal.experiment import Experiment as Experiment
@@ -27,40 +28,66 @@ if TYPE_CHECKING:
     from shoal.simulations.partitioners import Natural as Natural
     from shoal.simulations.partitioners import QuantitySkew as QuantitySkew
     from shoal.simulations.partitioners import Shards as Shards
+    from shoal.strategies.apfl import APFL as APFL
     from shoal.strategies.base import Strategy as Strategy
     from shoal.strategies.ditto import Ditto as Ditto
     from shoal.strategies.fedadagrad import FedAdagrad as FedAdagrad
     from shoal.strategies.fedadam import FedAdam as FedAdam
     from shoal.strategies.fedavg import FedAvg as FedAvg
     from shoal.strategies.fedavgm import FedAvgM as FedAvgM
+    from shoal.strategies.fedbabu import FedBABU as FedBABU
+    from shoal.strategies.fedbn import FedBN as FedBN
     from shoal.strategies.feddyn import FedDyn as FedDyn
     from shoal.strategies.fedexp import FedExP as FedExP
+    from shoal.strategies.fedlc import FedLC as FedLC
     from shoal.strategies.fednova import FedNova as FedNova
+    from shoal.strategies.fedper import FedPer as FedPer
     from shoal.strategies.fedprox import FedProx as FedProx
+    from shoal.strategies.fedrep import FedRep as FedRep
+    from shoal.strategies.fedsam import FedSAM as FedSAM
     from shoal.strategies.fedyogi import FedYogi as FedYogi
+    from shoal.strategies.finetune import FineTune as FineTune
+    from shoal.strategies.lgfedavg import LgFedAvg as LgFedAvg
+    from shoal.strategies.mimelite import MimeLite as MimeLite
+    from shoal.strategies.moon import Moon as Moon
+    from shoal.strategies.perfedavg import PerFedAvg as PerFedAvg
+    from shoal.strategies.pfedme import PFedMe as PFedMe
     from shoal.strategies.scaffold import Scaffold as Scaffold
     from shoal.strategies.selectors import Uniform as Uniform
 
 _HOMES = {
+    "APFL": "shoal.strategies.apfl",
     "Client": "shoal.client.client",
     "Comparison": "shoal.comparison",
-    "Evaluation": "shoal.protos.experiment",
     "Dirichlet": "shoal.simulations.partitioners",
     "DirichletMix": "shoal.simulations.partitioners",
     "Ditto": "shoal.strategies.ditto",
+    "Evaluation": "shoal.protos.experiment",
     "Experiment": "shoal.experiment",
     "FedAdagrad": "shoal.strategies.fedadagrad",
     "FedAdam": "shoal.strategies.fedadam",
     "FedAvg": "shoal.strategies.fedavg",
     "FedAvgM": "shoal.strategies.fedavgm",
+    "FedBABU": "shoal.strategies.fedbabu",
+    "FedBN": "shoal.strategies.fedbn",
     "FedDyn": "shoal.strategies.feddyn",
     "FedExP": "shoal.strategies.fedexp",
+    "FedLC": "shoal.strategies.fedlc",
     "FedNova": "shoal.strategies.fednova",
+    "FedPer": "shoal.strategies.fedper",
     "FedProx": "shoal.strategies.fedprox",
+    "FedRep": "shoal.strategies.fedrep",
+    "FedSAM": "shoal.strategies.fedsam",
     "FedYogi": "shoal.strategies.fedyogi",
+    "FineTune": "shoal.strategies.finetune",
     "Iid": "shoal.simulations.partitioners",
+    "LgFedAvg": "shoal.strategies.lgfedavg",
     "LocalTraining": "shoal.client.local",
+    "MimeLite": "shoal.strategies.mimelite",
+    "Moon": "shoal.strategies.moon",
     "Natural": "shoal.simulations.partitioners",
+    "PFedMe": "shoal.strategies.pfedme",
+    "PerFedAvg": "shoal.strategies.perfedavg",
     "QuantitySkew": "shoal.simulations.partitioners",
     "Run": "shoal.run",
     "Scaffold": "shoal.strategies.scaffold",
@@ -70,10 +97,12 @@ _HOMES = {
     "Uniform": "shoal.strategies.selectors",
     "Work": "shoal.client.client",
     "compare": "shoal.comparing",
+    "lora": "shoal.client.lora",
     "resume": "shoal.simulate",
 }
 
 __all__ = [
+    "APFL",
     "Client",
     "Comparison",
     "Dirichlet",
@@ -85,14 +114,26 @@ __all__ = [
     "FedAdam",
     "FedAvg",
     "FedAvgM",
+    "FedBABU",
+    "FedBN",
     "FedDyn",
     "FedExP",
+    "FedLC",
     "FedNova",
+    "FedPer",
     "FedProx",
+    "FedRep",
+    "FedSAM",
     "FedYogi",
+    "FineTune",
     "Iid",
+    "LgFedAvg",
     "LocalTraining",
+    "MimeLite",
+    "Moon",
     "Natural",
+    "PFedMe",
+    "PerFedAvg",
     "QuantitySkew",
     "Run",
     "Scaffold",
@@ -103,6 +144,7 @@ __all__ = [
     "Work",
     "compare",
     "datasets",
+    "lora",
     "resume",
 ]
 

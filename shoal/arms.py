@@ -95,7 +95,7 @@ def written(strategy: Strategy) -> str | None:
     if described is None:
         return None
     name = described.pop("name")
-    values = {key: _toml(value) for key, value in described.items()}
+    values = {key: _toml(value) for key, value in described.items() if value not in ((), [])}  # no list is none
     if set("".join([name.replace(":", ""), *values.values()])) & set(",:=[]{}"):
         return None
     return ":".join([name, *(f"{key}={value}" for key, value in values.items())])

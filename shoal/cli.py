@@ -209,26 +209,27 @@ def runs(out: Out = Path("runs"), as_json: AsJson = False) -> None:
 
 @app.command()
 def strategies(as_json: AsJson = False) -> None:
-    """List the strategies with their hyper-parameters and sources."""
+    """List the strategies: family, hyper-parameters with their defaults, rule, costs, source."""
     import dataclasses
-    import inspect
+    from itertools import groupby
 
     from rich.console import Console
     from rich.markup import escape
 
-    from shoal.protos import registry
+    from shoal.catalog import catalogue
 
+    if as_json:
+        for entry in catalogue():
+            print(json.dumps(dataclasses.asdict(entry)))
+        return
     console = Console(soft_wrap=True, highlight=False)
-    for name in registry.names("shoal.strategies"):
-        strategy = registry.load("shoal.strategies", name)
-        defaults = {field.name: field.default for field in dataclasses.fields(strategy)}
-        summary = inspect.cleandoc(strategy.__doc__).splitlines()[0].replace("``", "")
-        if as_json:
-            print(json.dumps({"name": name, "citation": strategy.citation, "defaults": defaults, "rule": summary}))
-            continue
-        arguments = ", ".join(f"{key}={value}" for key, value in defaults.items())
-        console.print(f"[bold]{name}[/bold]  {escape(arguments)}")
-        console.print(f"    {escape(summary)}\n    {escape(strategy.citation)}")
+    for family, entries in groupby(catalogue(), key=lambda entry: entry.family):
+        console.print(f"\n[bold underline]{family}[/]")
+        for entry in entries:
+            arguments = ", ".join(f"{key}={value}" for key, value in entry.defaults.items())
+            console.print(f"[bold]{entry.name}[/bold]  {escape(arguments)}")
+            lines = (entry.rule, entry.costs, entry.citation)
+            console.print("\n".join(f"    {escape(line.replace('``', ''))}" for line in lines))
 
 
 def _version(wanted: bool) -> None:

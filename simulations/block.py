@@ -8,31 +8,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, partial
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from shoal.client.data import Shard
 from shoal.client.local import LocalTraining
 from shoal.client.losses import loss_named
 from shoal.client.net import Net
 from shoal.client.optimizers import clip_, optimizer_for
 from shoal.client.trainer import LeanTrainer, Turn
 from shoal.protos import seeds
+from shoal.protos.errors import InvalidUpdate
+from shoal.protos.parameters import Layout
 from shoal.simulations.capture import record
 from shoal.simulations.gathering import Examples
 from shoal.simulations.replicas import Memory, Replicas
+from shoal.simulations.singly import each, stacked
 from shoal.simulations.stacking import stack
-from shoal.simulations.step import Draw
-from shoal.strategies.base import Drift, Update
+from shoal.simulations.step import Draw, Unsuitable
+from shoal.strategies.base import Drift, Gradient, Loss, Update
 from shoal.strategies.sums import Carried
 
 __all__ = ["BlockTrainer", "Move", "Programs", "moves"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -49,17 +52,16 @@ class Programs:
 
     def __init__(self, net: Net, local: LocalTraining, *, fuse: bool) -> None:
         self.net, self.local, self.fuse = net, local, fuse
-        self.memory = Memory(net, fused=fuse)
+        self.memory = {fused: Memory(net, fused=fused) for fused in (False, True)}
         self._made: dict[Any, Program] = {}
 
-    def get(self, x: Tensor, y: Tensor) -> Program:
+    def get(self, x: Tensor, y: Tensor, fuse: bool) -> Program:
         """For batches ``[K, b, ...]``; :class:`~shoal.simulations.capture.Unsuitable` if there can be none."""
-        key = x.shape[1:], x.dtype, y.shape[1:], y.dtype
+        key = x.shape[1:], x.dtype, y.shape[1:], y.dtype, fuse
         if key not in self._made:
             step = record(self.net, loss_named(self.local.loss), x, y)
-            self._made[key] = Program(
-                stack(step, fuse=self.fuse), step.draws, [gradient is not None for gradient in step.gradients]
-            )
+            reached = [gradient is not None for gradient in step.gradients]
+            self._made[key] = Program(stack(step, fuse=fuse), step.draws, reached)
         return self._made[key]
 
 
@@ -103,6 +105,11 @@ class BlockTrainer:
         self._programs, self._net, self._local = programs, programs.net, programs.local
         self._turns, self._seed, self._carried = turns, seed, carried
         self._examples = Examples([turn.shard for turn in turns])
+        self.lr = turns[0].lr
+
+    @property
+    def layout(self) -> Layout:
+        return self._net.layout
 
     @cached_property
     def _generators(self) -> list[torch.Generator]:
@@ -112,18 +119,35 @@ class BlockTrainer:
         return [torch.Generator(device).manual_seed(key) for key in keys]
 
     @torch.no_grad()
-    def run(self, start: Tensor, *, drift: Drift | None = None, epochs: int | None = None) -> Update:
+    def run(
+        self,
+        start: Tensor,
+        *,
+        drift: Drift | None = None,
+        gradient: Gradient | None = None,
+        loss: Loss | None = None,
+        mask: Tensor | None = None,
+        epochs: int | None = None,
+    ) -> Update:
+        if loss is not None:  # in which it may do what cannot be stacked
+            alone = partial(LeanTrainer.run, gradient=gradient, loss=loss, mask=mask, epochs=epochs)
+            return stacked(self._each(start, partial(_drifting, drift, alone)), start)
         local, count = self._local, len(self._turns)
-        replicas = Replicas(self._programs.memory, start, self._carried, count)
-        step, limit = self._stepper(replicas, drift), local.steps if epochs is None else None
-        passes = limit or (local.epochs if epochs is None else epochs)
+        fuse = self._programs.fuse and gradient is None
+        replicas = Replicas(self._programs.memory[fuse], start, self._carried, count)
+        step = self._fused(replicas, drift) if fuse else self._stepper(replicas, drift, gradient, mask)
+        limit = local.steps if epochs is None else None
+        passes = [limit or epochs or turn.epochs or local.epochs for turn in self._turns]
         taken, seen = [0] * count, [0] * count
         losses = torch.zeros(count, dtype=torch.float64, device=start.device)
-        for _ in range(passes):
-            orders = self._examples.orders([turn.rng for turn in self._turns], local, taken, limit)
+        for done in range(max(passes)):
+            going = [done < most and steps != limit for most, steps in zip(passes, taken, strict=True)]
+            orders = self._examples.orders([turn.rng for turn in self._turns], local, going)
             for move in moves(orders.lengths, local.batch_size or max(orders.lengths), taken, limit):
                 losses[move.part].add_(step(move, orders.rows[move.part, move.rows]), alpha=move.size)
                 seen[move.part] = [n + move.size for n in seen[move.part]]
+                if mask is not None:
+                    replicas.hold(mask, move.part)
         return self._update(replicas, start, taken, losses / torch.tensor(seen, device=start.device))
 
     def _update(self, replicas: Replicas, start: Tensor, taken: Sequence[int], losses: Tensor) -> Update:
@@ -136,39 +160,51 @@ class BlockTrainer:
         delta, buffers, counters = replicas.moved(), replicas.buffers, replicas.counters
         return Update(delta, examples, column(taken), rates, {}, buffers, counters, metrics)
 
-    def _stepper(self, replicas: Replicas, drift: Drift | None) -> Callable[[Move, Tensor], Tensor]:
-        """Makes one step of some neighbours on these rows; their losses ``[k]``."""
-        local, lr, programs = self._local, self._turns[0].lr, self._programs
-        optimizer = None if programs.fuse else optimizer_for(local, replicas.weights)
-        decay = local.weight_decay if programs.fuse else 0.0  # L2 decay of plain SGD is a drift
-
-        def corrected(part: slice) -> Tensor | None:
-            at = drift(replicas.weights) if callable(drift) else drift
-            at = at[part] if at is not None and at.dim() > 1 else at
-            if not decay:
-                return at
-            pull = replicas.weights[part] * decay
-            return pull if at is None else pull.add_(at)
+    def _fused(self, replicas: Replicas, drift: Drift | None) -> Callable[[Move, Tensor], Tensor]:
+        """Makes one step of some neighbours on these rows; their losses ``[k]``. L2 decay of plain SGD is a drift."""
+        decay, lr = self._local.weight_decay, self.lr
 
         def step(move: Move, rows: Tensor) -> Tensor:
             x, y = self._examples.take(rows, self._net.flat)
-            program, inputs = programs.get(x, y), replicas.inputs(move.part)
-            masks, correction = [self._mask(draw, move.part) for draw in program.draws], corrected(move.part)
-            if optimizer is None:
-                (loss,) = program.step(-lr, *inputs, x, y, *masks)
-                if correction is not None:
-                    replicas.add(correction, -lr, move.part)
-                return loss  # type: ignore[no-any-return]
-            loss, *gradients = program.step(*inputs, x, y, *masks)
-            g = replicas.joined(gradients, program.reached, move.part)
+            correction = _drift_of(drift, replicas, move.part)
+            if decay:
+                pull = replicas.weights[move.part] * decay
+                correction = pull if correction is None else pull.add_(correction)
+            program = self._programs.get(x, y, True)
+            (loss,) = program.step(-lr, *replicas.inputs(move.part), x, y, *self._masks(program, move.part))
             if correction is not None:
-                g.add_(correction)
-            if local.clip is not None:
-                clip_(g, local.clip)
-            optimizer.step(replicas.weights[move.part], g, lr, move.taken, move.part)
+                replicas.add(correction, -lr, move.part)
             return loss  # type: ignore[no-any-return]
 
         return step
+
+    def _stepper(
+        self, replicas: Replicas, drift: Drift | None, gradient: Gradient | None, mask: Tensor | None
+    ) -> Callable[[Move, Tensor], Tensor]:
+        """The same with any optimizer, and with gradients of a strategy's own."""
+        local, optimizer = self._local, optimizer_for(self._local, replicas.weights)
+
+        def step(move: Move, rows: Tensor) -> Tensor:
+            slope = BlockSlope(self, replicas, move, *self._examples.take(rows, self._net.flat))
+            now = replicas.weights[move.part]
+            g = slope(now) if gradient is None else gradient(slope, now.clone()).clone()  # it may keep both
+            if (correction := _drift_of(drift, replicas, move.part)) is not None:
+                g.add_(correction)
+            if local.clip is not None:
+                clip_(g if mask is None else g.mul_(mask), local.clip)
+            optimizer.step(now, g, self.lr, move.taken, move.part)
+            return slope.loss()
+
+        return step
+
+    def slope(self, at: Tensor, replicas: Replicas, part: slice, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The losses ``[k]`` and gradients ``[k, P]`` of these batches at the parameters ``at``."""
+        program = self._programs.get(x, y, False)
+        loss, *found = program.step(*replicas.inputs_at(at, part), x, y, *self._masks(program, part))
+        return loss, replicas.joined(found, program.reached, part)
+
+    def _masks(self, program: Program, part: slice) -> list[Tensor]:
+        return [self._mask(draw, part) for draw in program.draws]
 
     def _mask(self, draw: Draw, part: slice) -> Tensor:
         """Each client's from its own stream, as the lean engine would draw it."""
@@ -179,34 +215,45 @@ class BlockTrainer:
         return masks
 
     def loss(self, at: Tensor) -> Tensor:
-        return self._each(at, LeanTrainer.loss).unsqueeze(1)
+        return torch.stack(self._each(at, LeanTrainer.loss)).unsqueeze(1)
 
     def gradient(self, at: Tensor) -> Tensor:
-        return self._each(at, LeanTrainer.gradient)
+        return torch.stack(self._each(at, LeanTrainer.gradient))
 
-    def _each(self, at: Tensor, function: Callable[[LeanTrainer, Tensor], Tensor]) -> Tensor:
-        """One client after the other: a whole shard is no small batch, stacking would gain nothing."""
-        self._net.restore(self._carried.buffers, self._carried.counters)
-        rows, results = at.expand(len(self._turns), at.shape[-1]), list[Tensor]()
-        for turn, generator, row in zip(self._turns, self._generators, rows, strict=True):
-            trainer = LeanTrainer(self._net, self._local, replace(turn, shard=self._placed(turn.shard)))
-            with _drawing_from(generator):
-                results.append(function(trainer, row))
-        return torch.stack(results)
-
-    def _placed(self, shard: Shard) -> Shard:
-        x, like = shard.x, self._net.flat
-        return Shard(x.to(like) if x.is_floating_point() else x.to(like.device), shard.y.to(like.device))
+    def _each(self, at: Tensor, function: Callable[[LeanTrainer, Tensor], T]) -> list[T]:
+        """One by one: a whole shard is no small batch, stacking would gain nothing."""
+        return each(self._net, self._local, self._turns, self._generators, self._carried, at, function)
 
 
-@contextmanager
-def _drawing_from(generator: torch.Generator) -> Iterator[None]:
-    """PyTorch's own generator is this one."""
-    own = torch.default_generator if generator.device.type == "cpu" else torch.cuda.default_generators[0]
-    before = own.get_state()
-    own.set_state(generator.get_state())
-    try:
-        yield
-    finally:
-        generator.set_state(own.get_state())
-        own.set_state(before)
+class BlockSlope:
+    """The gradient of some neighbours' batches at any parameters; see :class:`shoal.strategies.base.Slope`."""
+
+    def __init__(self, trainer: BlockTrainer, replicas: Replicas, move: Move, x: Tensor, y: Tensor) -> None:
+        self._trainer, self._replicas, self._x, self._y = trainer, replicas, x, y
+        self.part, self.size = move.part, move.size
+        self._first: Tensor | None = None
+
+    def __call__(self, at: Tensor, rows: slice = slice(None)) -> Tensor:
+        x, y = self._x[:, rows].clone(), self._y[:, rows].contiguous()  # a model may change its input in place
+        loss, found = self._trainer.slope(at, self._replicas, self.part, x, y)
+        self._first = loss if self._first is None else self._first
+        return found
+
+    def loss(self) -> Tensor:
+        """Where it was asked for first, ``[k]``."""
+        if self._first is None:
+            raise InvalidUpdate("the strategy makes a gradient without looking at the batch")
+        return self._first
+
+
+def _drifting(drift: Drift | None, train: Callable[..., Update], trainer: LeanTrainer, start: Tensor) -> Update:
+    """One client of a block, whose drift may be a row for each."""
+    if callable(drift):
+        raise Unsuitable("the strategy has both a loss of its own and a drift that changes")
+    own = drift[trainer.part] if drift is not None and drift.dim() > 1 else drift
+    return train(trainer, start, drift=own)
+
+
+def _drift_of(drift: Drift | None, replicas: Replicas, part: slice) -> Tensor | None:
+    at = drift(replicas.weights) if callable(drift) else drift
+    return at[part] if at is not None and at.dim() > 1 else at

@@ -14,7 +14,8 @@ from torch import Tensor
 from shoal.client.data import Shard
 from shoal.client.local import LocalTraining
 from shoal.client.net import Net, to_numpy
-from shoal.client.trainer import Turn
+from shoal.client.participant import BUFFERS, kept_back
+from shoal.client.trainer import turn_of
 from shoal.protos import seeds
 from shoal.protos.errors import ExperimentError, InvalidUpdate, nearest
 from shoal.protos.messages import check_update
@@ -94,11 +95,11 @@ class BlockParticipant:
     def _train(
         self, clients: Sequence[str], round: int, shards: Sequence[Shard], sent: Sent, carried: Carried, mine: Any
     ) -> tuple[Update, Mapping[str, Tensor]]:
-        lr = self._local.lr * self._local.lr_decay ** (round - 1)
-        streams = self._streams_of(clients, round)
-        turns = [Turn(*one, lr) for one in zip(clients, repeat(round), shards, streams, strict=False)]
-        trainer = BlockTrainer(self._programs, turns, self._seed, carried)
-        return self._strategy.local(trainer, sent, self._before(sent, mine))
+        given = zip(clients, repeat(round), shards, self._streams_of(clients, round), strict=False)
+        turns = [turn_of(self._local, self._seed, *one) for one in given]
+        before, kept = self._before(sent, carried, mine)
+        trainer = BlockTrainer(self._programs, turns, self._seed, kept)
+        return kept_back(self._strategy, *self._strategy.local(trainer, sent, before), carried)
 
     def _streams_of(self, clients: Sequence[str], round: int) -> list[np.random.Generator]:
         while len(self._streams) < len(clients):
@@ -107,12 +108,17 @@ class BlockParticipant:
             seeds.restart(stream, self._seed, "batches", round, client)
         return self._streams
 
-    def _before(self, sent: Sent, mine: Sequence[Mine | None]) -> Mine:
-        """The clients' states, stacked."""
+    def _before(self, sent: Sent, carried: Carried, mine: Sequence[Mine | None]) -> tuple[Mine, Carried]:
+        """The clients' states, stacked, and the buffers and counters to begin with."""
         fresh = self._strategy.init_client(sent.parameters)
         known = [fresh if one is None else one for one in mine]
-        device = self.net.flat.device
-        return {name: torch.stack([one[name].to(device) for one in known]) for name in fresh}
+
+        def stacked(name: str, default: Tensor) -> Tensor:
+            return torch.stack([one.get(name, default).to(default.device) for one in known])
+
+        own = self._strategy.own_buffers and any(BUFFERS in one for one in known)
+        buffers = stacked(BUFFERS, carried.buffers) if own else carried.buffers
+        return {name: stacked(name, value) for name, value in fresh.items()}, Carried(buffers, carried.counters)
 
     def problems(self, update: Update, sent: Sent, clients: Sequence[str], round: int) -> dict[int, InvalidUpdate]:
         """Which clients' updates may not be counted, and why."""

@@ -121,9 +121,9 @@ class _Task:
         reports, failures = list[Report](), list[Failure]()
         for client, mine in self._clients:
             try:
-                held_out = self._data.shard(client).held_out
-                if held_out is not None:  # a client with no examples of its own to test on has nothing to say
-                    measured = self._engine.participant.evaluate(held_out, self._sent, self._carried, mine)
+                shard, participant = self._data.shard(client), self._engine.participant
+                measured = participant.evaluate(client, self._round, shard, self._sent, self._carried, mine)
+                if measured:  # a client with no examples of its own to test on has nothing to say
                     reports.append(Report(client, measured))
             except Exception as error:
                 failures.append(failure(error, client, self._round))

@@ -38,14 +38,13 @@ class Examples:
         self._first = np.array(first)[:, None]
         self._memory: dict[int, Tensor] = {}
 
-    def orders(
-        self, streams: Sequence[np.random.Generator], local: LocalTraining, taken: Sequence[int], limit: int | None
-    ) -> Orders:
-        """As :func:`shoal.client.trainer.batches` draws them; clients that have ``limit`` steps draw nothing more."""
+    def orders(self, streams: Sequence[np.random.Generator], local: LocalTraining, going: Sequence[bool]) -> Orders:
+        """As :func:`shoal.client.trainer.batches` draws them; those who are not ``going`` on draw nothing more."""
         size, lengths = local.batch_size, list(self._sizes)
         rows = np.zeros((len(lengths), max(lengths)), dtype=np.int64)
         for k, (n, stream) in enumerate(zip(self._sizes, streams, strict=True)):
-            if taken[k] == limit:
+            if not going[k]:
+                lengths[k] = 0
                 continue
             whole = size == 0 or size >= n
             rows[k, :n] = np.arange(n) if whole else stream.permutation(n)

@@ -193,7 +193,7 @@ def refusal(assignment: Assignment, ask: Ask, engine: EngineName) -> str | None:
         return reason
     try:
         with one_thread():
-            return _differs(replace(assignment, local=replace(assignment.local, steps=1)), ask, engine)
+            return _differs(replace(assignment, local=replace(assignment.local, steps=1, stragglers=0.0)), ask, engine)
     except ShoalError as error:
         return str(error)
     except Exception as error:  # of PyTorch, on a model that the lean engine trains

@@ -36,11 +36,13 @@ class Memory:
 
 
 class Replicas:
-    """All clients begin with the weights ``start``, ``[P]`` or ``[K, P]``, and the round's buffers and counters."""
+    """All clients begin with weights ``start``, ``[P]`` or ``[K, P]``, and carried buffers, ``[B]`` or ``[K, B]``."""
 
     def __init__(self, memory: Memory, start: Tensor, carried: Carried, count: int) -> None:
         def each(vector: Tensor) -> Tensor | None:
-            return vector.to(start.device).repeat(count, 1) if len(vector) else None
+            if not vector.shape[-1]:
+                return None
+            return vector.to(start.device).expand(count, -1).clone(memory_format=torch.contiguous_format)
 
         self._net, self._sizes, self._fused = memory.net, memory.sizes, memory.fused
         self._start, self._count = start, count
@@ -67,6 +69,14 @@ class Replicas:
             self._views[key] = views
         return self._views[key]
 
+    def inputs_at(self, vectors: Tensor, part: slice) -> list[Tensor]:
+        """The same with other weights, ``[P]`` or ``[k, P]``."""
+        vectors = vectors.expand(part.stop - part.start, vectors.shape[-1])
+        if not self._fused and vectors.data_ptr() == self._matrices[0][part].data_ptr():
+            return self.inputs(part)
+        weights = self._net.shapes[0]
+        return [*_shaped(_split(vectors.contiguous(), weights), weights), *self.inputs(part)[len(weights) :]]
+
     @property
     def weights(self) -> Tensor:
         """As vectors ``[K, P]``: the memory itself where it lies so, else a copy."""
@@ -76,6 +86,13 @@ class Replicas:
         """Add ``by`` times vectors ``[P]`` or ``[k, P]`` to the weights of some neighbours."""
         for matrix, column in zip(self._matrices, self._columns(vectors), strict=True):
             matrix[part].add_(column, alpha=by)
+
+    def hold(self, mask: Tensor, part: slice) -> None:
+        """Put weights back to where they began, except those of the ``mask`` ``[P]``."""
+        columns = zip(self._matrices, self._columns(mask), self._columns(self._start), strict=True)
+        for matrix, moving, start in columns:
+            at = matrix[part]
+            torch.where(moving, at, start[part] if start.dim() > 1 else start, out=at)
 
     def moved(self) -> Tensor:
         """How far each client has come, ``[K, P]``, in new memory."""

@@ -13,20 +13,27 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from types import EllipsisType
+from typing import ClassVar, Literal, Protocol
 
 from torch import Tensor
 
 from shoal.protos import messages
 from shoal.protos.messages import Spec
+from shoal.protos.parameters import Layout
 
 __all__ = [
+    "Batch",
     "Context",
     "Drift",
+    "Family",
+    "Gradient",
     "LocalOptimizer",
+    "Loss",
     "Mine",
     "Scaled",
     "Sent",
+    "Slope",
     "State",
     "Strategy",
     "Terms",
@@ -40,7 +47,9 @@ Sent = messages.Sent[Tensor]
 Update = messages.Update[Tensor]
 State = Mapping[str, Tensor | float]  # the server's, between rounds
 Mine = Mapping[str, Tensor]  # a client's own, between its rounds
+Part = int | slice | EllipsisType  # whose rows of a block; ... where there is one client
 Drift = Tensor | Callable[[Tensor], Tensor]
+Family = Literal["averaging", "server optimizer", "client drift", "personalisation"]
 
 
 @dataclass(frozen=True)
@@ -78,16 +87,92 @@ class LocalOptimizer(Protocol):
     def momentum(self) -> float: ...
     @property
     def clip(self) -> float | None: ...
+    @property
+    def weight_decay(self) -> float: ...
+
+
+class Slope(Protocol):
+    """The gradient of one batch: ``at(p)`` is that at the parameters p, for one client ``[P]`` or some ``[k, P]``.
+
+    ``size`` is the number of examples in (each client's) batch, ``part`` says which clients of the block take this
+    step: ``own[at.part]`` are theirs of the rows of ``own``, be it a block or one client's vector.
+    """
+
+    @property
+    def size(self) -> int: ...
+    @property
+    def part(self) -> Part: ...
+
+    def __call__(self, at: Tensor, rows: slice = slice(None)) -> Tensor:
+        """The gradient of the mean loss, over these ``rows`` of the batch."""
+        ...
+
+
+class Batch(Protocol):
+    """One client's batch, as a strategy's own loss sees it.
+
+    ``labels`` are those of all the client's examples, ``part`` is as in a :class:`Slope`.
+    """
+
+    @property
+    def y(self) -> Tensor: ...
+    @property
+    def labels(self) -> Tensor: ...
+    @property
+    def part(self) -> Part: ...
+    @property
+    def output(self) -> Tensor:
+        """Of the model that is trained."""
+        ...
+
+    @property
+    def features(self) -> Tensor:
+        """What its last dense layer takes, ``[n, D]``."""
+        ...
+
+    def features_at(self, parameters: Tensor) -> Tensor:
+        """The same of a model with other parameters ``[P]``, as in evaluation and not to be trained.
+
+        Its buffers are those of the model that is trained: BatchNorm's statistics are not the other model's.
+        """
+        ...
+
+    def loss(self, output: Tensor) -> Tensor:
+        """The declared loss."""
+        ...
+
+
+Gradient = Callable[[Slope, Tensor], Tensor]
+Loss = Callable[[Batch], Tensor]
 
 
 class Trainer(Protocol):
-    """What an engine supplies to :meth:`Strategy.local`, for one client ``[P]`` or a block ``[K, P]``."""
+    """What an engine supplies to :meth:`Strategy.local`, for one client ``[P]`` or a block ``[K, P]``.
 
-    def run(self, start: Tensor, *, drift: Drift | None = None, epochs: int | None = None) -> Update:
+    ``layout`` names the parts of a vector; ``lr`` is the round's learning rate.
+    """
+
+    @property
+    def layout(self) -> Layout: ...
+    @property
+    def lr(self) -> float: ...
+    def run(
+        self,
+        start: Tensor,
+        *,
+        drift: Drift | None = None,
+        gradient: Gradient | None = None,
+        loss: Loss | None = None,
+        mask: Tensor | None = None,
+        epochs: int | None = None,
+    ) -> Update:
         """Train from ``start`` as the experiment's local training says.
 
         ``drift`` (a vector, or a function of the current vector) is added to every batch gradient, before clipping
-        and before the optimizer sees it. ``epochs`` replaces the declared amount of work.
+        and before the optimizer sees it. ``gradient`` makes the batch gradient: a function of the :class:`Slope` and
+        the current vector, which may ask for the slope at several points. ``loss`` replaces the declared loss of a
+        batch. Where ``mask`` ``[P]`` is False, parameters stay as they are. ``epochs`` replaces the declared amount of
+        work. Drifts and masks keep the fastest engines; with a loss of its own a block is trained client by client.
         """
         ...
 
@@ -101,9 +186,14 @@ class Trainer(Protocol):
 
 
 class Strategy(ABC):
-    """One algorithm. Subclasses are final: to vary a strategy, write another one from the same functions."""
+    """One algorithm. Subclasses are final: to vary a strategy, write another one from the same functions.
+
+    With ``own_buffers`` the model's buffers (BatchNorm's statistics) stay with each client instead of being averaged.
+    """
 
     citation: ClassVar[str]
+    family: ClassVar[Family] = "averaging"
+    own_buffers: ClassVar[bool] = False
 
     def init(self, parameters: Tensor) -> State:
         """The server's state before the first round; the model ``[P]`` is always under ``"parameters"``."""
@@ -133,9 +223,14 @@ class Strategy(ABC):
     def finish(self, state: State, total: Terms, context: Context) -> State:
         """The server half: the next state from the sum."""
 
-    def personal(self, sent: Sent, mine: Mine) -> Tensor:
-        """The vector to evaluate for a client that holds ``mine``: the global model by default."""
+    def personal(self, trainer: Trainer, sent: Sent, mine: Mine) -> Tensor:
+        """The vector ``[P]`` to evaluate for a client that holds ``mine``: the global model by default."""
         return sent.parameters
+
+    @property
+    def personalises(self) -> bool:
+        """Whether clients have models of their own."""
+        return type(self).personal is not Strategy.personal or self.own_buffers
 
     def refuses(self, local: LocalOptimizer) -> str | None:
         """Why this strategy is wrong with that local training, in one sentence; None if it is valid."""

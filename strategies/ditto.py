@@ -20,8 +20,9 @@ class Ditto(Strategy):
     """Beside FedAvg's model w, each client trains one of its own: vₖ ← vₖ − η (∇fₖ(vₖ) + λ (vₖ − w)).
 
     Use it where clients differ and come back: each is evaluated on its own model, which λ pulls towards the global
-    one (λ = 0: purely local). FedAvg's bytes, one model of state per client, twice the local work, or as much more as
-    ``personal_epochs`` says.
+    one (λ = 0: purely local).
+
+    Costs one model of state per client and twice the local work, or as much more as ``personal_epochs`` says.
     """
 
     lam: Annotated[float, Ge(0)] = 1.0
@@ -29,6 +30,7 @@ class Ditto(Strategy):
     weighting: Weighting = "examples"
 
     citation = "Li et al. 2021, ICML, Algorithm 1"
+    family = "personalisation"
 
     def init_client(self, parameters: Tensor) -> Mine:
         return {"model": parameters}
@@ -44,5 +46,5 @@ class Ditto(Strategy):
     def finish(self, state: State, total: Terms, context: Context) -> State:
         return {"parameters": vector(state, "parameters") + WeightedMean.finish(total)}
 
-    def personal(self, sent: Sent, mine: Mine) -> Tensor:
+    def personal(self, trainer: Trainer, sent: Sent, mine: Mine) -> Tensor:
         return mine["model"]

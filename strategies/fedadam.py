@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, final
 
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
 
 from shoal.strategies import adaptive
 from shoal.strategies.base import Context, Mine, Sent, State, Strategy, Terms, Trainer, Update, vector
 from shoal.strategies.mean import WeightedMean, Weighting
+from shoal.strategies.schedule import scheduled
 
 __all__ = ["FedAdam"]
 
@@ -20,8 +21,11 @@ __all__ = ["FedAdam"]
 class FedAdam(Strategy):
     """v ← β₂ v + (1 − β₂) Δ²;  w ← w + η m / (√v + τ), without bias correction.
 
-    Use it where FedAvg is slow and sensitive to the local lr. Two models of server state, nothing more on the wire.
-    η and τ need tuning together with the local lr: the paper searches η in 10^{-3 … 1.5} and τ in 10^{-5 … -1}.
+    Use it where FedAvg is slow and sensitive to the local lr. η and τ need tuning together with the local lr: the paper
+    searches η in 10^{-3 … 1.5} and τ in 10^{-5 … -1}. η warms up over ``server_lr_warmup`` rounds, then falls by
+    ``server_lr_decay`` with each round.
+
+    Costs two models of server state.
     """
 
     server_lr: Annotated[float, Gt(0)] = 0.1
@@ -29,8 +33,11 @@ class FedAdam(Strategy):
     beta2: Annotated[float, Ge(0), Lt(1)] = 0.99
     tau: Annotated[float, Gt(0)] = 1e-3
     weighting: Weighting = "examples"
+    server_lr_decay: Annotated[float, Gt(0), Le(1)] = 1.0
+    server_lr_warmup: Annotated[int, Ge(0)] = 0
 
     citation = "Reddi et al. 2021, ICLR, Algorithm 2"
+    family = "server optimizer"
 
     def init(self, parameters: Tensor) -> State:
         return adaptive.init(parameters, self.tau)
@@ -45,4 +52,5 @@ class FedAdam(Strategy):
         delta, v = WeightedMean.finish(total), vector(state, "second")
         m = adaptive.momentum(state, delta, self.beta1)
         v = self.beta2 * v + (1 - self.beta2) * delta**2
-        return adaptive.step(state, m, v, self.server_lr, self.tau)
+        lr = scheduled(self.server_lr, self.server_lr_decay, self.server_lr_warmup, context.round)
+        return adaptive.step(state, m, v, lr, self.tau)

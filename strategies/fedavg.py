@@ -16,13 +16,15 @@ __all__ = ["FedAvg"]
 class FedAvg(Strategy):
     """w ← w + Σ nₖ Δₖ / Σ nₖ.
 
-    Use it first: every comparison needs it. One download and one upload of the model a round, no state.
-    ``weighting="uniform"`` gives each client the same say.
+    Use it first: every comparison needs it. ``weighting="uniform"`` gives each client the same say.
+
+    Costs one download and one upload of the model a round, no state.
     """
 
     weighting: Weighting = "examples"
 
     citation = "McMahan et al. 2017, AISTATS, Algorithm 1"
+    family = "averaging"
 
     def local(self, trainer: Trainer, sent: Sent, mine: Mine) -> tuple[Update, Mine]:
         return trainer.run(sent.parameters), mine

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import Annotated, final
 
 import torch
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
 
 from shoal.strategies.base import Context, Mine, Sent, State, Strategy, Terms, Trainer, Update, vector
 from shoal.strategies.mean import WeightedMean, Weighting
+from shoal.strategies.schedule import scheduled
 
 __all__ = ["FedAvgM"]
 
@@ -20,16 +21,22 @@ __all__ = ["FedAvgM"]
 class FedAvgM(Strategy):
     """v ← β v + Δ;  w ← w + η v, or with ``nesterov`` w ← w + η (Δ + β v).
 
-    Use it on non-IID data with small cohorts, where it smooths the rounds. One model of server state, nothing more on
-    the wire. The paper searches β in {0, 0.7, 0.9, 0.97, 0.99, 0.997}; β = 0 and η = 1 is FedAvg, bit for bit.
+    Use it on non-IID data with small cohorts, where it smooths the rounds. The paper searches β in {0, 0.7, 0.9, 0.97,
+    0.99, 0.997}; β = 0 and η = 1 is FedAvg, bit for bit. η warms up over ``server_lr_warmup`` rounds, then falls by
+    ``server_lr_decay`` with each round.
+
+    Costs one model of server state.
     """
 
     server_lr: Annotated[float, Gt(0)] = 1.0
     momentum: Annotated[float, Ge(0), Lt(1)] = 0.9
     nesterov: bool = False
     weighting: Weighting = "examples"
+    server_lr_decay: Annotated[float, Gt(0), Le(1)] = 1.0
+    server_lr_warmup: Annotated[int, Ge(0)] = 0
 
     citation = "Hsu, Qi and Brown 2019, arXiv 1909.06335, Section 4.3"
+    family = "server optimizer"
 
     def init(self, parameters: Tensor) -> State:
         return {"parameters": parameters, "velocity": torch.zeros_like(parameters)}
@@ -44,4 +51,5 @@ class FedAvgM(Strategy):
         delta = WeightedMean.finish(total)
         velocity = self.momentum * vector(state, "velocity") + delta
         step = delta + self.momentum * velocity if self.nesterov else velocity
-        return {"parameters": vector(state, "parameters") + self.server_lr * step, "velocity": velocity}
+        lr = scheduled(self.server_lr, self.server_lr_decay, self.server_lr_warmup, context.round)
+        return {"parameters": vector(state, "parameters") + lr * step, "velocity": velocity}

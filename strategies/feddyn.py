@@ -24,14 +24,16 @@ class FedDyn(Strategy):
         client:  w ← w − η (∇fₖ(w) − gₖ + α (w − w_sent)),   gₖ⁺ = gₖ − α Δₖ
         server:  h ← h − α Σ Δₖ / population,                w ← w + mean Δₖ − h / α
 
-    Use it on heterogeneous clients that come back: FedAvg's bytes, one model of state per client, and its fixed point
-    is the optimum whatever the number of local steps. Clients weigh the same, as in the paper, which tunes α in
-    {0.1, 0.01, 0.001}.
+    Use it on heterogeneous clients that come back: its fixed point is the optimum whatever the number of local steps.
+    Clients weigh the same, as in the paper, which tunes α in {0.1, 0.01, 0.001}.
+
+    Costs FedAvg's bytes, one model of state per client and one of server state.
     """
 
     alpha: Annotated[float, Gt(0)] = 0.01
 
     citation = "Acar et al. 2021, ICLR, Algorithm 1"
+    family = "client drift"
 
     def init(self, parameters: Tensor) -> State:
         return {"parameters": parameters, "correction": torch.zeros_like(parameters)}

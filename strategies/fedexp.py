@@ -20,14 +20,17 @@ class FedExP(Strategy):
     """w ← w + η_g Δ̄ with η_g = max(1, Σ pₖ ‖Δₖ‖² / (2 (‖Δ̄‖² + ε))), Δ̄ = Σ pₖ Δₖ.
 
     Use it where FedAvg is slow because clients pull in different directions: the server's step grows with their
-    disagreement, and nothing needs tuning. One more number on the wire than FedAvg. The paper weighs clients equally
-    and tunes ε in {10⁻³ … 10⁻¹}; it reports the average of the last two models, since single ones oscillate.
+    disagreement, and nothing needs tuning. The paper weighs clients equally and tunes ε in {10⁻³ … 10⁻¹}; it reports
+    the average of the last two models, since single ones oscillate.
+
+    Costs nothing beyond FedAvg.
     """
 
     epsilon: Annotated[float, Ge(0)] = 1e-3
     weighting: Weighting = "uniform"
 
     citation = "Jhunjhunwala et al. 2023, ICLR, Algorithm 1"
+    family = "server optimizer"
 
     def local(self, trainer: Trainer, sent: Sent, mine: Mine) -> tuple[Update, Mine]:
         return trainer.run(sent.parameters), mine

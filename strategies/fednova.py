@@ -38,15 +38,17 @@ class FedNova(Strategy):
         plain SGD, τ steps:          ‖a‖₁ = τ
         heavy-ball momentum ρ:       ‖a‖₁ = (τ − ρ (1 − ρ^τ) / (1 − ρ)) / (1 − ρ)
 
-    Use it where clients do unequal numbers of steps: FedAvg then optimises another objective than the one declared.
-    Costs nothing beyond FedAvg, to which it is equal where all do the same work. ``momentum`` is that of the local
-    training, since a and Δ must belong together.
+    Use it where clients do unequal numbers of steps: FedAvg then optimises another objective than the one declared. It
+    is FedAvg where all do the same work. ``momentum`` is that of the local training: a and Δ must belong together.
+
+    Costs nothing beyond FedAvg.
     """
 
     momentum: Annotated[float, Ge(0), Lt(1)] = 0.0
     weighting: Weighting = "examples"
 
     citation = "Wang et al. 2020, NeurIPS, Section 4"
+    family = "client drift"
 
     def local(self, trainer: Trainer, sent: Sent, mine: Mine) -> tuple[Update, Mine]:
         update = trainer.run(sent.parameters)

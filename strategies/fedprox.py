@@ -18,14 +18,17 @@ __all__ = ["FedProx"]
 class FedProx(Strategy):
     """Clients descend fₖ(w) + μ/2 ‖w − w_sent‖²; the server averages as FedAvg.
 
-    Use it where clients drift apart or do unequal work. Costs nothing beyond FedAvg. No μ is right everywhere: the
-    paper tunes it in {0.001, 0.01, 0.1, 1}; μ = 0 is FedAvg, bit for bit.
+    Use it where clients drift apart or do unequal work. No μ is right everywhere: the paper tunes it in {0.001, 0.01,
+    0.1, 1}; μ = 0 is FedAvg, bit for bit.
+
+    Costs nothing beyond FedAvg.
     """
 
     mu: Annotated[float, Ge(0)] = 0.01
     weighting: Weighting = "examples"
 
     citation = "Li et al. 2020, MLSys, Algorithm 2"
+    family = "client drift"
 
     def local(self, trainer: Trainer, sent: Sent, mine: Mine) -> tuple[Update, Mine]:
         if self.mu == 0:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, final
 
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
 
 from shoal.strategies import adaptive
 from shoal.strategies.base import Context, Mine, Sent, State, Strategy, Terms, Trainer, Update, vector
 from shoal.strategies.mean import WeightedMean, Weighting
+from shoal.strategies.schedule import scheduled
 
 __all__ = ["FedYogi"]
 
@@ -20,8 +21,10 @@ __all__ = ["FedYogi"]
 class FedYogi(Strategy):
     """v ← v − (1 − β₂) Δ² sign(v − Δ²);  w ← w + η m / (√v + τ), without bias correction.
 
-    Use it as FedAdam; v changes additively, so it forgets large updates more slowly. Two models of server state,
-    nothing more on the wire. η and τ need tuning together with the local lr.
+    Use it as FedAdam; v changes additively, so it forgets large updates more slowly. η and τ need tuning together with
+    the local lr. η warms up over ``server_lr_warmup`` rounds, then falls by ``server_lr_decay`` with each round.
+
+    Costs two models of server state.
     """
 
     server_lr: Annotated[float, Gt(0)] = 0.01
@@ -29,8 +32,11 @@ class FedYogi(Strategy):
     beta2: Annotated[float, Ge(0), Lt(1)] = 0.99
     tau: Annotated[float, Gt(0)] = 1e-3
     weighting: Weighting = "examples"
+    server_lr_decay: Annotated[float, Gt(0), Le(1)] = 1.0
+    server_lr_warmup: Annotated[int, Ge(0)] = 0
 
     citation = "Reddi et al. 2021, ICLR, Algorithm 2"
+    family = "server optimizer"
 
     def init(self, parameters: Tensor) -> State:
         return adaptive.init(parameters, self.tau)
@@ -45,4 +51,5 @@ class FedYogi(Strategy):
         delta, v = WeightedMean.finish(total), vector(state, "second")
         m = adaptive.momentum(state, delta, self.beta1)
         v = v - (1 - self.beta2) * delta**2 * (v - delta**2).sign()
-        return adaptive.step(state, m, v, self.server_lr, self.tau)
+        lr = scheduled(self.server_lr, self.server_lr_decay, self.server_lr_warmup, context.round)
+        return adaptive.step(state, m, v, lr, self.tau)

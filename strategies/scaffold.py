@@ -26,15 +26,17 @@ class Scaffold(Strategy):
                  option 2:  cₖ⁺ = cₖ − c − Δₖ / Σ η       option 1:  cₖ⁺ = ∇fₖ(w_sent)
         server:  w ← w + η_g mean Δₖ,            c ← c + (counted / population) mean (cₖ⁺ − cₖ)
 
-    Use it on heterogeneous clients that come back: twice FedAvg's bytes both ways, one model of state per client.
-    Clients weigh the same, as in the paper. Option 2 is valid for plain SGD only: cₖ⁺ is the mean gradient of the local
-    steps only if a step is lr × gradient. Option 1 is, with any optimizer, but costs a pass over all local examples.
+    Use it on heterogeneous clients that come back. Clients weigh the same, as in the paper. Option 2 is valid for plain
+    SGD only: cₖ⁺ is the mean gradient of the local steps only if a step is lr × gradient. Option 1 takes any optimizer.
+
+    Costs twice FedAvg's bytes both ways and one model of state per client; option 1 a pass over all local examples.
     """
 
     server_lr: Annotated[float, Gt(0)] = 1.0
     option: Literal[1, 2] = 2
 
     citation = "Karimireddy et al. 2020, ICML, Algorithm 1"
+    family = "client drift"
 
     def init(self, parameters: Tensor) -> State:
         return {"parameters": parameters, "control": torch.zeros_like(parameters)}

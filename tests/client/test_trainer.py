@@ -13,13 +13,14 @@ from torch.nn import functional
 from shoal.client.client import Client, FitTrainer, Work
 from shoal.client.data import Shard
 from shoal.client.local import LocalTraining
-from shoal.client.net import Net
+from shoal.client.net import Net, parameters_of
 from shoal.client.participant import evaluate
-from shoal.client.trainer import LeanTrainer, Turn, batches
+from shoal.client.trainer import LeanTrainer, Turn, batches, turn_of
 from shoal.protos.errors import ExperimentError, InvalidUpdate
 from shoal.strategies.base import Drift, Strategy
 from shoal.strategies.fedavg import FedAvg
 from shoal.strategies.scaffold import Scaffold
+from shoal.strategies.sums import Carried
 
 
 def shard(rows: int = 23) -> Shard:
@@ -38,6 +39,11 @@ def turn(lr: float = 0.1) -> Turn:
     return Turn("a", 1, shard(), rng(), lr)
 
 
+def carried(net: Net) -> Carried:
+    values = parameters_of(net.module)
+    return Carried(values.buffers, values.counters)
+
+
 def rng() -> np.random.Generator:
     return np.random.default_rng(7)
 
@@ -45,7 +51,7 @@ def rng() -> np.random.Generator:
 def lean(local: LocalTraining, drift: Drift | None = None, **run: Any) -> Tensor:
     net = Net(module())
     start = net.flat.clone()
-    return start + LeanTrainer(net, local, turn(local.lr)).run(start, drift=drift, **run).delta
+    return start + LeanTrainer(net, local, turn(local.lr), carried(net)).run(start, drift=drift, **run).delta
 
 
 def by_hand(local: LocalTraining, make: Any, drift: Drift | None = None) -> Tensor:
@@ -121,7 +127,7 @@ def test_every_epoch_has_its_own_order() -> None:
 
 def test_reports_the_work_done() -> None:
     net, local = Net(module()), LocalTraining(lr=0.1, batch_size=5, epochs=2)
-    update = LeanTrainer(net, local, turn()).run(net.flat.clone())
+    update = LeanTrainer(net, local, turn(), carried(net)).run(net.flat.clone())
 
     assert (update.examples, update.steps, update.lr_sum) == (23, 10, pytest.approx(1.0))
     assert 0 < update.metrics["loss"] < 2
@@ -131,13 +137,13 @@ def test_reports_the_work_done() -> None:
 def test_steps_replace_epochs() -> None:
     net, local = Net(module()), LocalTraining(lr=0.1, batch_size=5, epochs=9, steps=7)
 
-    assert LeanTrainer(net, local, turn()).run(net.flat.clone()).steps == 7
-    assert LeanTrainer(net, local, turn()).run(net.flat.clone(), epochs=1).steps == 5
+    assert LeanTrainer(net, local, turn(), carried(net)).run(net.flat.clone()).steps == 7
+    assert LeanTrainer(net, local, turn(), carried(net)).run(net.flat.clone(), epochs=1).steps == 5
 
 
 def test_loss_and_gradient_over_the_whole_shard() -> None:
     net, data = Net(module()), shard()
-    trainer = LeanTrainer(net, LocalTraining(), turn())
+    trainer = LeanTrainer(net, LocalTraining(), turn(), carried(net))
     at = net.flat.clone()
     model = module()
     expected = functional.cross_entropy(model(data.x), data.y)
@@ -150,7 +156,7 @@ def test_loss_and_gradient_over_the_whole_shard() -> None:
 def test_the_gradient_leaves_batch_statistics_alone() -> None:
     net = Net(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).double())
     before = [b.clone() for b in net.module.buffers()]
-    LeanTrainer(net, LocalTraining(), turn()).gradient(net.flat.clone())
+    LeanTrainer(net, LocalTraining(), turn(), carried(net)).gradient(net.flat.clone())
 
     assert all(torch.equal(a, b) for a, b in zip(before, net.module.buffers(), strict=True))
 
@@ -159,7 +165,7 @@ def test_a_parameter_that_the_loss_does_not_reach_stays() -> None:
     model = module()
     model.register_parameter("unused", nn.Parameter(torch.ones(2, dtype=torch.float64)))
     net = Net(model)
-    LeanTrainer(net, LocalTraining(), turn()).run(net.flat.clone())
+    LeanTrainer(net, LocalTraining(), turn(), carried(net)).run(net.flat.clone())
 
     assert torch.equal(model.unused, torch.ones(2, dtype=torch.float64))  # type: ignore[arg-type]
 
@@ -184,7 +190,7 @@ class Lazy(Client):
 def fit(client: Client, drift: Drift | None, strategy: Strategy | None = None, **local: Any) -> Any:
     net, declared = Net(module()), LocalTraining(**({"lr": 0.1, "batch_size": 5, "epochs": 2} | local))
     start = net.flat.clone()
-    return FitTrainer(client, strategy or FedAvg(), net, declared, turn()).run(start, drift=drift)
+    return FitTrainer(client, strategy or FedAvg(), net, declared, turn(), carried(net)).run(start, drift=drift)
 
 
 @pytest.mark.parametrize("drift", DRIFTS.values(), ids=DRIFTS)
@@ -229,7 +235,7 @@ def test_weights_that_fit_binds_anew_are_taken_in() -> None:
     net, local = Net(module()), LocalTraining(lr=0.1, batch_size=5, epochs=2)
     start, expected = net.flat.clone(), fit(ByHand(), None).delta
     for _ in range(2):
-        update = FitTrainer(Rebinding(), FedAvg(), net, local, turn()).run(start)
+        update = FitTrainer(Rebinding(), FedAvg(), net, local, turn(), carried(net)).run(start)
         assert torch.equal(update.delta, expected)
 
 
@@ -248,7 +254,9 @@ class Leaving(Client):
 def test_gradients_of_one_client_do_not_reach_the_next() -> None:
     net, local = Net(module()), LocalTraining(lr=0.1, batch_size=5)
     start = net.flat.clone()
-    first, second = (FitTrainer(Leaving(), FedAvg(), net, local, turn()).run(start).delta for _ in range(2))
+    first, second = (
+        FitTrainer(Leaving(), FedAvg(), net, local, turn(), carried(net)).run(start).delta for _ in range(2)
+    )
 
     assert torch.equal(first, second)
 
@@ -296,7 +304,7 @@ class InPlace(nn.Module):
 def test_a_model_that_changes_its_input_leaves_the_data_alone(size: int) -> None:
     net, given = Net(InPlace()), turn()
     before = given.shard.x.clone()
-    trainer = LeanTrainer(net, LocalTraining(batch_size=size), given)
+    trainer = LeanTrainer(net, LocalTraining(batch_size=size), given, carried(net))
     trainer.run(net.flat.clone())
     trainer.gradient(net.flat.clone())
     evaluate(net, LocalTraining(), given.shard)
@@ -324,3 +332,25 @@ def test_a_metric_gives_one_number_an_example() -> None:
 def test_metrics_fit_the_loss(loss: Any, metrics: tuple[str, ...]) -> None:
     assert LocalTraining(loss=loss).metrics == metrics
     assert LocalTraining(loss=loss, metrics=()).metrics == ()
+
+
+def test_stragglers_do_a_part_of_the_work() -> None:
+    """Each client and round for itself, and the same in every process."""
+    local = LocalTraining(batch_size=5, epochs=4, stragglers=0.5)
+    works = {(c, r): turn_of(local, 3, c, r, shard()).epochs for c in "abcdefgh" for r in range(1, 41)}
+
+    assert set(works.values()) == {None, 1, 2, 3}
+    assert 0.4 < sum(work is not None for work in works.values()) / len(works) < 0.6
+    assert works == {key: turn_of(local, 3, *key, shard()).epochs for key in works}
+    assert works != {key: turn_of(local, 4, *key, shard()).epochs for key in works}
+    late = next(key for key, work in works.items() if work == 2)
+    net = Net(module())
+    trainer = LeanTrainer(net, local, turn_of(local, 3, *late, shard()), carried(net))
+    assert trainer.run(net.flat.clone()).steps == 2 * 5
+    assert trainer.run(net.flat.clone(), epochs=3).steps == 3 * 5  # what a strategy asks for
+
+
+@pytest.mark.parametrize("local", [{"epochs": 1}, {"epochs": 3, "steps": 5}])
+def test_stragglers_need_epochs_to_do_less_of(local: dict[str, Any]) -> None:
+    with pytest.raises(ExperimentError, match=r"set local\.epochs to 2 or more"):
+        LocalTraining(stragglers=0.1, **local)

@@ -30,10 +30,11 @@ client = "site"
 test_fraction = 0.2
 client_test = 0.2
 [model]
-name = "{model}"
+{model}
 [local]
 lr = 0.1
-batch_size = 4
+batch_size = 6
+drop_last = true
 [strategy]
 name = "{strategy}"
 [evaluation]
@@ -76,7 +77,7 @@ def place(tmp_path: Path) -> Path:
 
 def write(place: Path, strategy: str = "fedavg", **changes: object) -> Path:
     path = place / f"{strategy}.toml"
-    settings = {"rounds": 3, "model": "linear", "clients_every": 2, "more": ""} | changes
+    settings = {"rounds": 3, "model": 'name = "linear"', "clients_every": 2, "more": ""} | changes
     path.write_text(EXPERIMENT.format(strategy=strategy, **settings))
     return path
 
@@ -118,7 +119,7 @@ def simulated(path: Path, out: str = "simulated") -> shoal.Run:
 @pytest.mark.slow
 def test_every_strategy_ends_with_the_bits_of_a_simulation(start: Start, shards: Path) -> None:
     names = registry.names("shoal.strategies")
-    files = [write(shards.parent, name, model="mlp") for name in names]
+    files = [write(shards.parent, name, model='name = "mlp"\nnorm = true') for name in names]
     server = serve(start, *files)  # one after the other, on the same clients
     clients = [join(start, server, shards / f"{name}.npz") for name in CLIENTS]
 

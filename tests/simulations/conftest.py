@@ -43,8 +43,7 @@ def _compare(
     carried, start, lean = Carried(values.buffers, values.counters), net.flat.clone(), []
     for turn in turns():
         torch.manual_seed(seeds.integer(0, "torch", 3, turn.client))
-        net.restore(carried.buffers, carried.counters)
-        lean.append(LeanTrainer(net, local, turn).run(start))
+        lean.append(LeanTrainer(net, local, turn, carried).run(start))
     programs = Programs(Net(build_module(make, 0, dtype)), local, fuse=fuse)
     _check(BlockTrainer(programs, turns(), 0, carried).run(start), lean, dtype)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +14,12 @@ from shoal import LocalTraining
 from shoal.client.data import Shard
 from shoal.client.models import cnn, lenet, linear, mlp
 from shoal.client.net import Net, build_module, parameters_of
-from shoal.client.trainer import LeanTrainer, Turn
+from shoal.client.trainer import LeanTrainer, Turn, turn_of
 from shoal.protos import seeds
+from shoal.protos.errors import InvalidUpdate
 from shoal.simulations.block import BlockTrainer, Programs
-from shoal.strategies.base import Drift, Update
+from shoal.simulations.step import Unsuitable
+from shoal.strategies.base import Batch, Drift, Slope, Update
 from shoal.strategies.sums import Carried
 
 LENGTHS = [23, 23, 14, 10, 10, 7, 3]
@@ -107,20 +110,20 @@ class Clients:
         return values.buffers, values.counters
 
     def turns(self) -> list[Turn]:
-        return [Turn(str(k), 3, s, seeds.stream(0, "batches", 3, str(k)), 0.1) for k, s in enumerate(self.shards)]
+        return [turn_of(self.local, 0, str(k), 3, shard) for k, shard in enumerate(self.shards)]
 
-    def lean(self, drift: Callable[[int], Drift | None] = lambda k: None) -> list[Update]:
+    def lean(self, drift: Callable[[int], Drift | None] = lambda k: None, **run: Any) -> list[Update]:
         updates = []
         for k, turn in enumerate(self.turns()):
             torch.manual_seed(seeds.integer(0, "torch", 3, str(k)))
-            self.net.restore(self.carried.buffers, self.carried.counters)
-            updates.append(LeanTrainer(self.net, self.local, turn).run(self.start, drift=drift(k)))
+            trainer = LeanTrainer(self.net, self.local, turn, self.carried)
+            updates.append(trainer.run(self.start, drift=drift(k), **run))
         return updates
 
-    def block(self, fuse: bool, drift: Drift | None = None) -> Update:
+    def block(self, fuse: bool, drift: Drift | None = None, **run: Any) -> Update:
         programs = Programs(self.net, self.local, fuse=fuse)
         trainer = BlockTrainer(programs, self.turns(), 0, self.carried)
-        return trainer.run(self.start, drift=drift)
+        return trainer.run(self.start, drift=drift, **run)
 
 
 def check(block: Update, lean: list[Update]) -> None:
@@ -155,10 +158,11 @@ LOCALS = {
     "momentum": LocalTraining(batch_size=5, epochs=2, momentum=0.9),
     "nesterov": LocalTraining(batch_size=5, steps=6, momentum=0.9, nesterov=True, weight_decay=0.1),
     "clip": LocalTraining(batch_size=5, epochs=2, clip=0.1),
+    "stragglers": LocalTraining(batch_size=5, epochs=4, stragglers=0.6),
     "adam": LocalTraining(batch_size=5, epochs=3, optimizer="adam", weight_decay=0.1),
     "adamw": LocalTraining(batch_size=5, steps=9, optimizer="adamw", weight_decay=0.1),
 }
-PLAIN = ("epochs", "steps", "one batch", "drop last", "weight decay")
+PLAIN = ("epochs", "steps", "stragglers", "one batch", "drop last", "weight decay")
 
 
 @pytest.mark.parametrize(("name", "fuse"), [(n, False) for n in LOCALS] + [(n, True) for n in PLAIN])
@@ -183,6 +187,102 @@ def test_a_drift_may_be_the_weights_themselves(fuse: bool) -> None:
     check(clients.block(fuse, lambda w: w), clients.lean(lambda k: lambda w: w))
 
 
+ENGINES = pytest.mark.parametrize("fuse", [False, True], ids=["captured", "fused"])
+
+
+def ahead(at: Slope, w: Tensor) -> Tensor:
+    """On a half of the batch, from where the other half leads."""
+    half = max(1, at.size // 2)
+    return at(w - 0.3 * at(w, slice(0, half)), slice(at.size - half, None))
+
+
+@ENGINES
+@pytest.mark.parametrize("name", ["mlp", "dropout", "layer norm", "lenet", "tied, frozen, unused", "gru", "attention"])
+def test_gradients_of_a_strategys_own(name: str, fuse: bool) -> None:
+    clients = Clients(name, LocalTraining(batch_size=4, epochs=2))
+    check(clients.block(fuse, gradient=ahead), clients.lean(gradient=ahead))
+
+
+@ENGINES
+@pytest.mark.parametrize("local", ["momentum", "clip", "adam", "weight decay", "stragglers"])
+def test_any_optimizer_takes_them(local: str, fuse: bool) -> None:
+    clients, pull = Clients("mlp", LOCALS[local]), torch.full((1,), 0.1, dtype=torch.float64)
+    check(clients.block(fuse, pull, gradient=ahead), clients.lean(lambda k: pull, gradient=ahead))
+
+
+@ENGINES
+def test_what_a_gradient_keeps_is_each_clients_own(fuse: bool) -> None:
+    """Also of those who have fewer batches than their neighbours."""
+    clients = Clients("mlp", LocalTraining(batch_size=5, epochs=2))
+    size = len(clients.start)
+
+    def summing(into: Tensor) -> Any:
+        def gradient(at: Slope, w: Tensor) -> Tensor:
+            g = at(w + into[at.part] / 10)
+            into[at.part] = into[at.part] + g
+            return g
+
+        return gradient
+
+    own = torch.zeros(len(LENGTHS), size, dtype=torch.float64)
+    block, lean = clients.block(fuse, gradient=summing(own)), list[Update]()
+    for k, turn in enumerate(clients.turns()):
+        mine = torch.zeros(size, dtype=torch.float64)
+        trainer = LeanTrainer(clients.net, clients.local, turn, clients.carried)
+        lean.append(trainer.run(clients.start, gradient=summing(mine)))
+        torch.testing.assert_close(own[k], mine, rtol=1e-10, atol=1e-12)
+    check(block, lean)
+
+
+@ENGINES
+@pytest.mark.parametrize("local", ["epochs", "weight decay", "momentum", "clip", "adam", "adamw"])
+def test_masked_weights_stay_as_they_are(local: str, fuse: bool) -> None:
+    if fuse and local not in PLAIN:
+        pytest.skip("the fused engine takes plain SGD")
+    clients = Clients("mlp", LOCALS[local])
+    mask = torch.arange(len(clients.start)) % 3 > 0
+    block, lean = clients.block(fuse, mask=mask), clients.lean(mask=mask)
+    check(block, lean)
+    for delta in (block.delta, *(update.delta for update in lean)):
+        assert not delta[..., ~mask].any() and delta[..., mask].abs().max() > 0
+
+
+def test_a_mask_is_out_of_the_norm_that_is_clipped() -> None:
+    """The step is as long as the limit allows for what moves."""
+    clients = Clients("mlp", LocalTraining(batch_size=0, steps=1, clip=1e-3, lr=0.5))
+    mask = torch.arange(len(clients.start)) >= len(clients.start) - 4  # the last layer's biases
+    for update in clients.lean(mask=mask):
+        assert float(update.delta.norm()) == pytest.approx(0.5e-3, rel=1e-2)
+
+
+@pytest.mark.parametrize("name", ["mlp", "dropout", "batch norm", "lenet"])
+def test_a_loss_of_its_own_is_that_of_the_lean_trainer_to_the_bit(name: str) -> None:
+    clients = Clients(name, SGD)
+    rates = torch.arange(1.0, len(LENGTHS) + 1, dtype=torch.float64)
+    mask, pull = torch.arange(len(clients.start)) % 2 > 0, torch.randn(len(LENGTHS), len(clients.start)).double()
+
+    def weighted(batch: Batch) -> Tensor:
+        return batch.loss(batch.output) * rates[batch.part] + batch.features.square().mean() * len(batch.labels)
+
+    block = clients.block(True, pull, loss=weighted, mask=mask)
+    for k, turn in enumerate(clients.turns()):
+        trainer = LeanTrainer(clients.net, clients.local, turn, clients.carried, k)
+        torch.manual_seed(seeds.integer(0, "torch", 3, str(k)))
+        lean = trainer.run(clients.start, drift=pull[k], loss=weighted, mask=mask)
+        assert torch.equal(block.delta[k], lean.delta) and lean.delta.abs().max() > 0
+        assert float(block.metrics["loss"][k]) == lean.metrics["loss"]  # type: ignore[index]
+    with pytest.raises(Unsuitable, match="drift that changes"):
+        clients.block(True, lambda w: w, loss=weighted)
+
+
+@ENGINES
+def test_a_gradient_that_does_not_look_at_the_batch(fuse: bool) -> None:
+    clients = Clients("mlp", SGD)
+    for train in (clients.block, lambda fuse, **run: clients.lean(**run)):
+        with pytest.raises(InvalidUpdate, match="without looking at the batch"):
+            train(fuse, gradient=lambda at, w: w)
+
+
 def test_losses_and_gradients_of_whole_shards_before_and_after_training() -> None:
     """Random masks go on in each client's own stream."""
     clients = Clients("dropout", LocalTraining(batch_size=5))
@@ -197,7 +297,7 @@ def test_losses_and_gradients_of_whole_shards_before_and_after_training() -> Non
     assert block[2].shape == (len(LENGTHS), 1)
     for k, turn in enumerate(clients.turns()):
         torch.manual_seed(seeds.integer(0, "torch", 3, str(k)))
-        clients.net.restore(clients.carried.buffers, clients.carried.counters)
         placed = replace(turn, shard=Shard(turn.shard.x.double(), turn.shard.y))
-        for mine, lean in zip(block, all_of(LeanTrainer(clients.net, clients.local, placed)), strict=True):
+        trainer = LeanTrainer(clients.net, clients.local, placed, clients.carried)
+        for mine, lean in zip(block, all_of(trainer), strict=True):
             torch.testing.assert_close(mine[k].reshape(lean.shape), lean, rtol=1e-10, atol=1e-12)

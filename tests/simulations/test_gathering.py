@@ -49,7 +49,7 @@ SHARDS: dict[str, Callable[[], list[Shard]]] = {
 def test_rows_are_taken_in_each_clients_order(name: str, batch_size: int) -> None:
     shards, local = SHARDS[name](), LocalTraining(batch_size=batch_size)
     examples = Examples(shards)
-    orders = examples.orders([seeds.stream(0, "b", k) for k in range(len(shards))], local, [0] * len(shards), None)
+    orders = examples.orders([seeds.stream(0, "b", k) for k in range(len(shards))], local, [True] * len(shards))
     x, y = examples.take(orders.rows, torch.zeros(1, dtype=torch.float64))
 
     assert list(orders.lengths) == [len(shard) for shard in shards]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from shoal.strategies.base import Context, Drift, Mine, State, Strategy, Update, vector
+from shoal.protos.parameters import Entry, Layout, Segment
+from shoal.strategies.base import Context, Drift, Gradient, Loss, Mine, State, Strategy, Update, vector
 from shoal.strategies.sums import LeafSum, contribute
 
 
@@ -26,20 +28,46 @@ class Quadratic:
     e: Tensor
     examples: float | Tensor = 1.0
     steps: int | Tensor = 1
-    lr: float | Tensor = 0.1
+    lr: Any = 0.1
 
-    def run(self, start: Tensor, *, drift: Drift | None = None, epochs: int | None = None) -> Update:
+    @property
+    def layout(self) -> Layout:
+        """A normalised body and a head of one weight."""
+        parts = [("body.weight", self.h.shape[-1] - 1), ("head.weight", 1)]
+        entries = [Entry(name, Segment.TRAINABLE, "float64", (size,)) for name, size in parts]
+        return Layout((*entries, Entry("body.running_mean", Segment.BUFFERS, "float64", (1,))))
+
+    def run(
+        self,
+        start: Tensor,
+        *,
+        drift: Drift | None = None,
+        gradient: Gradient | None = None,
+        loss: Loss | None = None,
+        mask: Tensor | None = None,
+        epochs: int | None = None,
+    ) -> Update:
+        assert loss is None, "it has no batches"
+
         def number(value: float | Tensor) -> float | Tensor:
             return value.to(start.dtype) if isinstance(value, Tensor) else value
 
         steps = self.steps * (1 if epochs is None else epochs)
         w = start.expand_as(self.h).clone()
         for step in range(int(torch.as_tensor(steps).max())):
-            gradient = self.gradient(w)
+            going = torch.as_tensor(step < steps)
+            g = self.gradient(w) if gradient is None else self._made(gradient, w, going)
             if drift is not None:
-                gradient = gradient + (drift(w) if callable(drift) else drift)
-            w = torch.where(torch.as_tensor(step < steps), w - number(self.lr) * gradient, w)
+                g = g + (drift(w) if callable(drift) else drift)
+            moved = w - number(self.lr) * g
+            w = torch.where(going, moved if mask is None else torch.where(mask, moved, start), w)
         return Update(w - start, number(self.examples), number(steps), number(steps * self.lr))
+
+    def _made(self, gradient: Gradient, w: Tensor, going: Tensor) -> Tensor:
+        part: Any = going.flatten().nonzero().flatten() if w.dim() > 1 else ...
+        made = torch.zeros_like(w)
+        made[part] = gradient(Slope(self, part), w[part])
+        return made
 
     def loss(self, at: Tensor) -> Tensor:
         value = (self.h * (at - self.e) ** 2 / 2).sum(-1, keepdim=True)
@@ -49,12 +77,27 @@ class Quadratic:
         return self.h * (at - self.e)
 
 
+@dataclass(frozen=True)
+class Slope:
+    """The gradient of those who take this step; all rows of a batch are alike."""
+
+    of: Quadratic
+    part: Any
+    size: int = 10
+
+    def __call__(self, at: Tensor, rows: slice = slice(None)) -> Tensor:
+        assert range(self.size)[rows]
+        return self.of.h[self.part] * (at - self.of.e[self.part])
+
+
 def together(clients: Sequence[Quadratic]) -> Quadratic:
     """The clients as one block."""
-    numbers = {
+    numbers: dict[str, Any] = {
         name: torch.tensor([[getattr(c, name)] for c in clients], dtype=torch.float64)
         for name in ("examples", "steps", "lr")
     }
+    if len({c.lr for c in clients}) == 1:  # as in a round
+        numbers["lr"] = clients[0].lr
     return Quadratic(torch.stack([c.h for c in clients]), torch.stack([c.e for c in clients]), **numbers)
 
 

@@ -186,4 +186,4 @@ def test_ditto_personal_models_stop_between_their_optimum_and_the_global_model(
     w = float(vector(state, "parameters"))
     for own, h, e in zip(mine, H, E, strict=True):
         assert float(own["model"]) == EXACT((h * e + lam * w) / (h + lam))
-        assert torch.equal(strategy.personal(strategy.send(state), own), own["model"])
+        assert torch.equal(strategy.personal(three[0], strategy.send(state), own), own["model"])
