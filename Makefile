@@ -23,8 +23,8 @@ help: ## show this
 demo: .venv/.run ## compare four strategies on real data, in about a minute
 	$(BIN)/shoal compare examples/compare.toml --seeds 3 --strategies $(DEMO)
 
-test: .venv/.dev ## run all tests, a file on each core at a time
-	$(BIN)/pytest -q -n auto --dist loadfile
+test: .venv/.dev ## run all tests, one on each core at a time
+	$(BIN)/pytest -q -n auto --dist worksteal
 
 check: .venv/.dev ## lint, types, and whether the generated stubs are current
 	$(BIN)/ruff check .

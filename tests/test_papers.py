@@ -70,7 +70,7 @@ def test_four_parties_hold_opposite_octants(papers: dict[str, Any]) -> None:
 @pytest.mark.slow
 def test_fcube_is_solved(papers: dict[str, Any]) -> None:
     module = papers["niidbench2022"]
-    assert module.accuracy(*module.STRATEGIES["FedNova"], seed=0) > 99
+    assert module.accuracy(*module.STRATEGIES["FedNova"], seed=0, rounds=10) > 98
 
 
 def test_a_table_and_a_spread(papers: dict[str, Any]) -> None:

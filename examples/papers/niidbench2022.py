@@ -39,14 +39,14 @@ def data(seed: int) -> shoal.datasets.Dataset:
     return shoal.datasets.from_arrays(x, y, clients=parties, partition=shoal.Natural(), test=cube(1000, rng))
 
 
-def accuracy(strategy: Strategy, momentum: float, seed: int) -> float:
+def accuracy(strategy: Strategy, momentum: float, seed: int, rounds: int = 50) -> float:
     experiment = shoal.Experiment(
         name="fcube",
         model="linear",
         data=data(seed),
         strategy=strategy,
         local=shoal.LocalTraining(lr=0.01, batch_size=64, epochs=10, momentum=momentum),
-        rounds=50,
+        rounds=rounds,
         cohort=4,
         seed=seed,
     )

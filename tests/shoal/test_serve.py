@@ -119,7 +119,7 @@ def simulated(path: Path, out: str = "simulated") -> shoal.Run:
 @pytest.mark.slow
 def test_every_strategy_ends_with_the_bits_of_a_simulation(start: Start, shards: Path) -> None:
     names = registry.names("shoal.strategies")
-    files = [write(shards.parent, name, model='name = "mlp"\nnorm = true') for name in names]
+    files = [write(shards.parent, name, rounds=2, model='name = "mlp"\nnorm = true') for name in names]
     server = serve(start, *files)  # one after the other, on the same clients
     clients = [join(start, server, shards / f"{name}.npz") for name in CLIENTS]
 
