@@ -5,7 +5,7 @@ FedAvg drops stragglers, FedProx keeps what they did. The published data cannot 
 draw moves the accuracy by more than the method does, so there are five draws; the mean over devices stands beside the
 mean over examples, of which one device may hold most.
 
-    python examples/papers/fedprox2020.py            # about 10 minutes on two cores
+    python examples/papers/fedprox2020.py            # some hours on two cores
 """
 
 from __future__ import annotations

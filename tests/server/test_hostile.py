@@ -6,8 +6,9 @@ import gc
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -173,15 +174,25 @@ with tempfile.TemporaryDirectory() as folder:
 """
 
 
+@contextmanager
+def _killed(process: subprocess.Popen[str]) -> Iterator[None]:
+    """Where the test fails, whatever it is waiting for."""
+    try:
+        yield
+    except BaseException:
+        process.kill()
+        raise
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_does_not_grow_with_the_bytes_of_all_clients() -> None:
     from tests.server.conftest import Peer as Client
 
     command = [sys.executable, "-c", MEASURED]
-    header, buffers = encode(Update(np.zeros(2**20), 1))
+    header, buffers = encode(Update(np.zeros(2**18), 1))
     payload = b"".join(buffers)
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server, _killed(server):
         assert server.stdin is not None and server.stdout is not None
         address, nonces = json.loads(server.stdout.readline())
         peers = [Client(address, name, None) for name in nonces]
