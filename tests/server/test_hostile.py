@@ -190,7 +190,7 @@ def test_memory_does_not_grow_with_the_bytes_of_all_clients() -> None:
     from tests.server.conftest import Peer as Client
 
     command = [sys.executable, "-c", MEASURED]
-    header, buffers = encode(Update(np.zeros(2**18), 1))
+    header, buffers = encode(Update(np.zeros(2**20), 1))
     payload = b"".join(buffers)
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server, _killed(server):
         assert server.stdin is not None and server.stdout is not None
