@@ -35,7 +35,7 @@ class FedBABU(Strategy):
     family = "personalisation"
 
     def local(self, trainer: Trainer, sent: Sent, mine: Mine) -> tuple[Update, Mine]:
-        head = sharing.mask(trainer.layout, self.head or sharing.last_layer(trainer.layout), sent.parameters)
+        head = sharing.head(trainer.layout, self.head, sent.parameters)
         return trainer.run(sent.parameters, mask=~head), mine
 
     def contribute(self, state: State, update: Update, context: Context) -> Terms:

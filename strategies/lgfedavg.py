@@ -43,7 +43,7 @@ class LgFedAvg(Strategy):
         return sharing.kept_to(head, update), {"model": start + update.delta}
 
     def _head(self, trainer: Trainer, sent: Sent) -> Tensor:
-        return sharing.mask(trainer.layout, self.head or sharing.last_layer(trainer.layout), sent.parameters)
+        return sharing.head(trainer.layout, self.head, sent.parameters)
 
     def contribute(self, state: State, update: Update, context: Context) -> Terms:
         return WeightedMean(self.weighting).contribute(update)

@@ -18,7 +18,7 @@ from shoal.protos.errors import ExperimentError
 from shoal.protos.parameters import Layout, Segment
 from shoal.strategies.base import Update
 
-__all__ = ["kept_to", "last_layer", "mask", "norms"]
+__all__ = ["head", "kept_to", "last_layer", "mask", "norms"]
 
 
 def mask(layout: Layout, patterns: Sequence[str], like: Tensor) -> Tensor:
@@ -38,6 +38,11 @@ def _mask(layout: Layout, patterns: tuple[str, ...]) -> Tensor:
             raise ExperimentError(f"no tensor that is trained is called {pattern!r}; the model has {names}")
     parts = [torch.full((e.size,), any(fnmatchcase(e.name, p) for p in patterns)) for e in entries]
     return torch.cat(parts)
+
+
+def head(layout: Layout, patterns: Sequence[str], like: Tensor) -> Tensor:
+    """The mask of the tensors that are named, or of the last layer where none are."""
+    return mask(layout, patterns or last_layer(layout), like)
 
 
 def last_layer(layout: Layout) -> list[str]:
