@@ -6,10 +6,9 @@ What is not trained never crosses: server and clients compare its hash.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -79,7 +78,7 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _check(kind: str, patterns: Sequence[str], names: dict[str, nn.Linear] | dict[str, torch.nn.Parameter]) -> None:
+def _check(kind: str, patterns: Sequence[str], names: Iterable[str]) -> None:
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ExperimentError(f"no {kind} is called {pattern!r}; the model has {', '.join(names) or 'none'}")

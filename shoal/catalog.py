@@ -91,14 +91,13 @@ Each line has a test that runs the other library
 
 def page(measured: Mapping[str, Mapping[str, float]]) -> str:
     """docs/strategies.md; ``measured`` is what benchmarks/strategies.py found."""
+    entries = catalogue()
     rows = [
         "| | family | lines | down | up | client state | server state | time |",
         "|---|---|--:|--:|--:|--:|--:|--:|",
     ]
-    rows += [
-        f"| [`{e.name}`](#{e.title.lower()}) | {e.family} | {_measured(measured.get(e.name))} |" for e in catalogue()
-    ]
-    parts = [HEAD, "\n".join(rows), MEASURED, *map(_section, catalogue()), OTHERS]
+    rows += [f"| [`{e.name}`](#{e.title.lower()}) | {e.family} | {_measured(measured.get(e.name))} |" for e in entries]
+    parts = [HEAD, "\n".join(rows), MEASURED, *map(_section, entries), OTHERS]
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
 
 
