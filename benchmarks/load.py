@@ -1,11 +1,11 @@
-"""A thousand clients at once, and ten thousand that wait: what a server takes for each, on one machine.
+"""A thousand clients at once, ten thousand that wait, a thousand rounds: what a server takes for them, on one machine.
 
     python benchmarks/load.py
 
 *Busy*: clients of their own names and TCP connections, hosted by a few processes, all asked in each round; each fetches
 a model of 10 MB and uploads an update of 10 MB. *Idle*: clients that are connected and give a sign of life every 30
-seconds. Connections are counted in the system's table, control calls (Begin and Commit, of which the second waits until
-the update is on the disk, and Heartbeat) are timed at the clients, memory and processor time are the server's. Linux
+seconds. Connections are counted in the system's table, control calls (Begin, and Commit, which waits until
+the update is on the disk) are timed at the clients, memory and processor time are the server's. Linux
 only.
 """
 
@@ -28,6 +28,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks.service import sum_of_round, update_of
@@ -172,6 +173,21 @@ def idle(count: int, seconds: float) -> dict[str, Any]:
     }
 
 
+def soak(rounds: int, count: int = 8, size: int = 100_000) -> dict[str, Any]:
+    """Beginning with the second tenth: in the first, memory is still being taken that stays."""
+    with served(size) as (serving, fleet), crowd(serving.address, count, size) as hosts:
+        fleet.wait_for(count, lambda present: None, lambda: any(host.poll() is not None for host in hosts))
+        lines = []
+        for round in range(1, rounds + 1):
+            sum_of_round(fleet, round, count, size, expected=count)
+            if round % (rounds // 10) == 0:
+                lines.append((round, memory("VmRSS"), len(list(Path("/proc/self/fd").iterdir()))))
+        serving.close(finished=True)
+    past, held, files = zip(*lines[1:], strict=True)
+    slope = float(np.polyfit(past, held, 1)[0])
+    return {"rounds": rounds, "clients": count, "MiB": held, "KiB_per_round": 1024 * slope, "open_files": files}
+
+
 @contextmanager
 def served(size: int) -> Iterator[tuple[Serving, RemoteFleet]]:
     layout = Layout((Entry("w", Segment.TRAINABLE, "float32", (size,)),))
@@ -208,6 +224,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--idle", type=int, default=10_000)
+    parser.add_argument("--soak", type=int, default=1000)
     parser.add_argument("--seconds", type=float, default=90.0)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/load.json"))
     options = parser.parse_args()
@@ -225,6 +242,9 @@ def main() -> None:
     if options.idle:
         found["idle"] = idle(options.idle, options.seconds)
         print(json.dumps(found["idle"], indent=1), flush=True)
+    if options.soak:
+        found["soak"] = soak(options.soak)
+        print(json.dumps(found["soak"], indent=1), flush=True)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(found, indent=2) + "\n")
 
