@@ -139,6 +139,33 @@ async def client_then_server(stage: Stage) -> Blow | None:
     return await _up_again(stage, stage.server, actor)
 
 
+async def server_stopped(stage: Stage) -> Blow | None:
+    """As a service manager does before an upgrade: the round may end."""
+    await _draw_time(stage)
+    await stage.stop(stage.server)
+    return await _up_again(stage, stage.server)
+
+
+async def client_stopped(stage: Stage) -> Blow | None:
+    actor = _host(stage)
+    await _draw_time(stage)
+    await stage.stop(actor)
+    return await _up_again(stage, actor, whose=actor.clients)
+
+
+def frozen(server: bool) -> Strike:
+    """As a virtual machine that is moved, or a laptop that is shut: for longer than heartbeats may miss, or shorter."""
+
+    async def strike(stage: Stage) -> Blow | None:
+        actor = stage.server if server else _host(stage)
+        await _draw_time(stage)
+        with actor.frozen():
+            await asyncio.sleep(stage.rng.uniform(0.5, 8))
+        return Blow(time.monotonic(), actor.clients)
+
+    return strike
+
+
 # --- the network -----------------------------------------------------------------------------------------------------
 
 
@@ -222,7 +249,11 @@ DECK = (
     Fault("server killed again while it recovers", "server", server_twice),
     Fault("server killed while a client is away", "server", client_then_server),
     Fault("everybody killed at once", "all", everybody),
+    Fault("server stopped and started again", "server", server_stopped),
+    Fault("server frozen for 0.5 to 8 s", "server", frozen(server=True)),
     Fault("client killed at a drawn time", "client", client_sometime),
+    Fault("client stopped and started again", "client", client_stopped),
+    Fault("client frozen for 0.5 to 8 s", "client", frozen(server=False)),
     *(
         Fault(f"only its worker killed: {point.means}", "worker", worker_at(point.name), lenient=True)
         for point in POINTS

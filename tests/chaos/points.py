@@ -104,10 +104,10 @@ POINTS = (
     Point("forgotten", S, f"{JOURNAL}:Journal.forget", "the journal has dropped the round"),
     Point("fetched", H, "shoal.client.transfer:Depot.fetch", "a task's content is here"),
     Point("delivering", H, "shoal.client.host:deliver", "the answer is in the outbox", before=True),
-    Point("announced", H, "shoal.client.link:Link", "the server expects the answer", of="stub.Begin"),
+    Point("announced", H, "shoal.client.link:FleetStub", "the server expects the answer", of="Begin"),
     Point("sending", H, "shoal.client.transfer:fill", "amid the upload"),
-    Point("uploaded", H, "shoal.client.link:Link", "all bytes are across, not committed", of="stub.Upload"),
-    Point("received", H, "shoal.client.link:Link", "the receipt is here, the outbox still full", of="stub.Commit"),
+    Point("uploaded", H, "shoal.client.link:FleetStub", "all bytes are across, not committed", of="Upload"),
+    Point("received", H, "shoal.client.link:FleetStub", "the receipt is here, the outbox still full", of="Commit"),
     Point("given", W, "shoal.client.worker:_answer", "the worker has the task", before=True),
     Point("trained", W, "shoal.client.participant:Participant.train", "trained, nothing is kept"),
     Point("stated", W, "shoal.client.worker:keep_state", "the client's state is kept, no answer"),
@@ -224,11 +224,7 @@ def _making(point: Point, make: Callable[..., None], passed: Passed) -> Callable
 
     def made(self: Any, *arguments: Any, **named: Any) -> None:
         make(self, *arguments, **named)
-        owner = self
-        *parts, name = point.of.split(".")
-        for part in parts:
-            owner = getattr(owner, part)
-        setattr(owner, name, _awaited(point, getattr(owner, name), passed))
+        setattr(self, point.of, _awaited(point, getattr(self, point.of), passed))
 
     return made
 

@@ -164,6 +164,13 @@ class Stage:
         self._down.update(actors)
         await asyncio.gather(*(actor.kill() for actor in actors))
 
+    async def stop(self, actor: Actor) -> None:
+        """In the way that it is asked to; Broken if it does not end so."""
+        self._down.add(actor)
+        code = await actor.end(self.patience)
+        if code not in (0, 130):
+            raise Broken(f"{actor.name} ended with code {code} when it was asked to stop:\n{actor.tail}")
+
     async def start(self, *actors: Actor) -> bool:
         """Start again with the same command; False if the run is over."""
         if self.over:
