@@ -41,6 +41,7 @@ from shoal.protos.messages import Update
 from shoal.protos.parameters import Entry, Layout, Parameters, Segment
 from shoal.protos.transport import CHANNEL, CHUNK, SERVER, Address
 from shoal.server.fleet import Ask
+from shoal.server.journal import Journal
 from shoal.server.remote import RemoteFleet, Terms
 from shoal.server.serving import Serving
 from shoal.strategies.base import Context, vector
@@ -126,11 +127,11 @@ def measure(count: int, megabytes: int, repetitions: int) -> dict[str, Any]:
     bare, volume = Bare(), count * size * 4 / 2**20
     with (
         tempfile.TemporaryDirectory() as folder,
-        closing(Serving(Address("127.0.0.1", 0), None, Path(folder))) as serving,
+        closing(Serving(Address("127.0.0.1", 0), None)) as serving,
     ):
         words = [sys.executable, __file__, "--clients", bare.address, str(serving.address), str(count), str(size)]
         with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-            fleet = _fleet(serving, size)
+            fleet = _fleet(serving, size, Journal(Path(folder) / "round"))
             assert process.stdin is not None and process.stdout is not None
             fleet.wait_for(count, lambda present: None, lambda: process.poll() is not None)
             times: dict[str, list[float]] = {"bare": [], "shoal": []}
@@ -153,10 +154,10 @@ def measure(count: int, megabytes: int, repetitions: int) -> dict[str, Any]:
     }
 
 
-def _fleet(serving: Serving, size: int) -> RemoteFleet:
+def _fleet(serving: Serving, size: int, journal: Journal) -> RemoteFleet:
     layout = Layout((Entry("w", Segment.TRAINABLE, "float32", (size,)),))
     initial = Parameters(layout, torch.zeros(size), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
-    return RemoteFleet(serving, Terms("run", b"{}", FedAvg(weighting="uniform"), initial), [])
+    return RemoteFleet(serving, Terms("run", b"{}", FedAvg(weighting="uniform"), initial), journal)
 
 
 def _round(fleet: RemoteFleet, number: int, count: int, size: int) -> float:
