@@ -45,7 +45,9 @@ class Actor:
         self.name, self.clients = name, frozenset(clients)
         self._folder, self._log = folder, folder / f"{name}.log"
         self._arming = folder / f"{name}.arm"
-        wiring = Wiring(name, str(trace), str(self._arming), os.getpid(), CHUNK, order)
+        self.full = folder / f"{name}.full"
+        full = None if clients else str(self.full)
+        wiring = Wiring(name, str(trace), str(self._arming), os.getpid(), CHUNK, order, full)
         self._environment = os.environ | wiring.environment() | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
         self._command = [*under, sys.executable, "-m", "tests.chaos.launch", "-", "0", "--", *map(str, words)]
         self._process: asyncio.subprocess.Process | None = None

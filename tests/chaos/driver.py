@@ -3,7 +3,7 @@
     python -m tests.chaos.driver --trials 20 --seed 1        # or --minutes 30
     python -m tests.chaos.driver --seed 17 --trials 1        # one trial again
 
-A trial is one run of a drawn experiment (:mod:`tests.chaos.world`), in which faults (:mod:`tests.chaos.faults`) strike
+A trial is one run of a drawn experiment (:mod:`tests.chaos.world`), in which faults (:mod:`tests.chaos.deck`) strike
 one after the other until it is finished. Then the run folder is compared with an undisturbed simulation of the same
 experiment. A seed draws the same world and the same faults again; when exactly they meet which message, the machine
 decides. Trials that fail keep their folder: traces, logs of all processes, state of all clients.
@@ -25,7 +25,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tests.chaos.cast import Broken
-from tests.chaos.faults import DECK, Blow, Fault
+from tests.chaos.deck import DECK
+from tests.chaos.faults import Blow, Fault
 from tests.chaos.outcome import Hit, Outcome, told
 from tests.chaos.stage import PATIENCE, Stage
 from tests.chaos.table import publish
@@ -39,7 +40,7 @@ SIMULATING = asyncio.Lock()  # torch has one random generator a process
 
 @dataclass(frozen=True)
 class Limits:
-    """How much one trial is. ``only`` are words in the names of the faults; with them all that fit come."""
+    """How much one trial is. ``only`` are words in ``group: name`` of the faults; with them, those that take long come."""
 
     faults: int = 1000
     patience: float = PATIENCE
@@ -80,7 +81,7 @@ async def play(seed: int, folder: Path, limits: Limits = Limits()) -> Outcome:
 def _deck(world: World, rng: random.Random, limits: Limits) -> list[Fault]:
     """All faults that make sense in the world, shuffled."""
     long = limits.long and (rng.random() < LONG or bool(limits.only))
-    cards = [card for card in DECK if limits.only in card.name]
+    cards = [card for card in DECK if limits.only in f"{card.group}: {card.name}"]
     cards = [card for card in cards if (world.lenient or not card.lenient) and (world.tls or not card.tls)]
     cards = [card for card in cards if (long or not card.long) and (world.strategy == "scaffold" or not card.stateful)]
     return rng.sample(cards, len(cards))
@@ -134,7 +135,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1, help="of the first trial; the others follow")
     parser.add_argument("--trials", type=int, default=None, help="default: as many as there is time for")
     parser.add_argument("--minutes", type=float, default=30.0, help="after which no trial is begun")
-    parser.add_argument("--only", default="", help="faults with these words in their names")
+    parser.add_argument("--only", default="", help="faults with these words, such as 'server: ' or 'half-open'")
     parser.add_argument("--faults", type=int, default=Limits.faults, help="at most in a trial")
     parser.add_argument("--jobs", type=int, default=2, help="trials side by side")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "shoal-chaos")

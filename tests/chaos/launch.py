@@ -13,9 +13,10 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 from shoal.client.process import end_with
-from tests.chaos import order
+from tests.chaos import order, writes
 from tests.chaos.points import POINTS, Arm, Side, Watch, Wiring, install, named
 
 __all__ = ["main", "work"]
@@ -31,6 +32,8 @@ def main() -> None:
     _prepare(wiring)
     watch, client = Watch(wiring), words[0] == "client"
     install((p for p in POINTS if p.side is (Side.HOST if client else Side.SERVER)), watch.passed)
+    if wiring.full is not None:
+        writes.install(Path(wiring.full))
     if wiring.order:
         order.install(watch.note)
     if client:

@@ -144,7 +144,7 @@ class Wiring:
     """What a process is told by its driver: its name, where the trace and its arming file are, who the driver is.
 
     ``chunk`` is the size of chunks, small so that a small model has many. With ``order`` the trace has what reaches the
-    disk when, too.
+    disk when, too. While the file ``full`` exists, the server can write nothing.
     """
 
     name: str = "alone"
@@ -153,6 +153,7 @@ class Wiring:
     driver: int | None = None
     chunk: int | None = None
     order: bool = False
+    full: str | None = None
     first: Arm | None = None
 
     def environment(self) -> dict[str, str]:

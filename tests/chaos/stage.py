@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import random
+import secrets
 import signal
 import socket
 import time
@@ -22,7 +24,7 @@ __all__ = ["Stage"]
 LOOK = 0.03  # seconds between two looks at the trace
 LEASE = 90.0
 PATIENCE = 120.0  # seconds without an accepted answer, after which a run hangs: the lease, and the longest back-off
-PARTING = 20.0  # seconds for clients to hear that the run is finished
+FIRST_PORT, PORTS = 10_000, 20_000  # below the ephemeral ones
 
 
 class Stage:
@@ -185,7 +187,12 @@ class Stage:
 
 
 def free_port() -> int:
-    """A port that stays the same over restarts of the server must be known before."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that can stay the same over restarts of the server.
+
+    The system's own choice could not: it is one of those that outgoing connections get while the server is away.
+    """
+    while True:
+        port = FIRST_PORT + secrets.randbelow(PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port

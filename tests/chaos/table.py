@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import quantiles
 from typing import Any
 
-from tests.chaos.faults import DECK
+from tests.chaos.deck import DECK
 from tests.chaos.outcome import Hit, Outcome
 
 __all__ = ["counted", "publish", "rendered"]

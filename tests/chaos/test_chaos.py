@@ -17,6 +17,7 @@ FEW = Limits(faults=4, patience=60.0, small=True, long=False)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)  # on a machine that does other things too
 @pytest.mark.parametrize("seed", [1, 2])
 def test_whatever_is_killed_the_run_ends_with_the_bits_of_an_undisturbed_one(tmp_path: Path, seed: int) -> None:
     outcome = asyncio.run(play(seed, tmp_path, FEW))

@@ -53,6 +53,7 @@ def test_a_process_dies_at_the_passing_it_was_told_and_not_before(tmp_path: Path
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_every_point_is_reached_in_an_undisturbed_run(tmp_path: Path) -> None:
     async def main() -> Stage:
         WORLD.prepare(tmp_path)
