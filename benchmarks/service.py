@@ -139,7 +139,7 @@ def measure(count: int, megabytes: int, repetitions: int) -> dict[str, Any]:
             for round in range(1, repetitions + 2):  # the first one warms up
                 print("bare", file=process.stdin, flush=True)
                 times["bare"].append(float(process.stdout.readline()))
-                times["shoal"].append(_round(fleet, round, count, size))
+                times["shoal"].append(sum_of_round(fleet, round, count, size, count * (count + 1) / 2))
             peak = _peak()
             serving.close(finished=True)
             print("end", file=process.stdin, flush=True)
@@ -160,7 +160,8 @@ def _fleet(serving: Serving, size: int, journal: Journal) -> RemoteFleet:
     return RemoteFleet(serving, Terms("run", b"{}", FedAvg(weighting="uniform"), initial), journal)
 
 
-def _round(fleet: RemoteFleet, number: int, count: int, size: int) -> float:
+def sum_of_round(fleet: RemoteFleet, number: int, count: int, size: int, expected: float) -> float:
+    """The seconds of one round, from the question to a sum of which every element is as expected."""
     state = {"parameters": torch.zeros(size)}
     carried = Carried(torch.zeros(0), torch.zeros(0, dtype=torch.int64))
     ask = Ask([str(n) for n in range(count)], count, state, carried, Context(number, count, count))
@@ -171,7 +172,7 @@ def _round(fleet: RemoteFleet, number: int, count: int, size: int) -> float:
     summed = total.total()
     seconds = time.perf_counter() - began
     assert summed is not None
-    assert torch.equal(vector(summed.terms, "delta"), torch.full((size,), count * (count + 1) / 2))
+    assert torch.equal(vector(summed.terms, "delta"), torch.full((size,), expected))
     return seconds
 
 

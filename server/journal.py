@@ -32,7 +32,7 @@ __all__ = ["Asked", "Journal"]
 
 TABLES = """
 CREATE TABLE IF NOT EXISTS asked (
-    round INTEGER, kind TEXT, cohort TEXT, population INTEGER, PRIMARY KEY (round, kind)
+    round INTEGER, kind TEXT, cohort TEXT, population INTEGER, present TEXT, PRIMARY KEY (round, kind)
 );
 CREATE TABLE IF NOT EXISTS task (
     nonce TEXT PRIMARY KEY, round INTEGER, kind TEXT, place INTEGER, header BLOB, taken INTEGER
@@ -96,15 +96,23 @@ class Journal:
         taken = {nonce: header for _, nonce, header in answers if self._is_whole(nonce, header)}
         return Asked(json.loads(asked[0]), asked[1], [nonce for nonce, _, _ in rows], taken)
 
-    def open(self, round: int, kind: Kind, cohort: Sequence[str], population: int) -> Asked:
-        """Before anybody is asked: what was asked already, or this under new nonces."""
+    def present(self) -> Sequence[str]:
+        """Who was connected when somebody was last asked."""
+        with self._transaction() as database:
+            found = database.execute("SELECT present FROM asked ORDER BY rowid DESC LIMIT 1").fetchone()
+        return [] if found is None else list(json.loads(found[0]))
+
+    def open(
+        self, round: int, kind: Kind, cohort: Sequence[str], population: int, present: Sequence[str] = ()
+    ) -> Asked:
+        """Before anybody is asked: what was asked already, or this under new nonces; ``present`` are connected."""
         found = self.recall(round, kind)
         if found is not None:
             return found
         nonces = [secrets.token_hex(8) for _ in cohort]
         with self._transaction() as database:
-            row = (round, kind, json.dumps(list(cohort)), population)
-            database.execute("INSERT INTO asked VALUES (?, ?, ?, ?)", row)
+            row = (round, kind, json.dumps(list(cohort)), population, json.dumps(list(present)))
+            database.execute("INSERT INTO asked VALUES (?, ?, ?, ?, ?)", row)
             rows = [(nonce, round, kind, place) for place, nonce in enumerate(nonces)]
             database.executemany("INSERT INTO task VALUES (?, ?, ?, ?, NULL, NULL)", rows)
         return Asked(list(cohort), population, nonces, {})

@@ -71,6 +71,8 @@ class RemoteFleet:
         self._serving, self._terms, self._journal, self._tell, self._patience = serving, terms, journal, tell, patience
         self._rank = {client: number for number, client in enumerate(first)}
         self._counted: dict[str, int] = {}
+        # Who was there before this server was, and has a lease's time to come back.
+        self._expected, self._until = set(journal.present()), time.monotonic() + terms.lease
         self._round = 0
         self._assignment = Blob.of(terms.assignment)
 
@@ -78,11 +80,14 @@ class RemoteFleet:
     def population(self) -> Sequence[str]:
         """Every client that ever joined this run, whether it is connected or not."""
         known = self._serving.call(lambda: list(self._serving.hub.known))
-        return self._ordered({*known, *self._counted})
+        return self._ordered({*known, *self._counted, *self._expected})
 
     @property
     def reachable(self) -> Sequence[str]:
-        return self._ordered(self._serving.call(lambda: set(self._serving.hub.present)))
+        hub = self._serving.hub
+        known, present = self._serving.call(lambda: (set(hub.known), set(hub.present)))
+        back = self._expected - known if time.monotonic() < self._until else set[str]()
+        return self._ordered(present | back)
 
     def _ordered(self, clients: Collection[str]) -> Sequence[str]:
         return sorted(clients, key=lambda client: (self._rank.get(client, len(self._rank)), client))
@@ -134,8 +139,8 @@ class RemoteFleet:
 
         Those that came before this process was come first. Failures are not kept: their clients are asked again.
         """
-        hub, population = self._serving.hub, ask.context.population
-        asked: Asked = self._patience(lambda: self._journal.open(order.round, kind, ask.cohort, population))
+        hub, population, present = self._serving.hub, ask.context.population, self.reachable
+        asked: Asked = self._patience(lambda: self._journal.open(order.round, kind, ask.cohort, population, present))
         named = list(zip(asked.nonces, asked.cohort, strict=True))
         calls = [Call(nonce, client, self._counted.get(client, 0), nonce in asked.taken) for nonce, client in named]
         places = {nonce: place for place, nonce in enumerate(asked.nonces)}

@@ -18,7 +18,7 @@ from shoal.execute import Execution, come_back, environment
 from shoal.experiment import Experiment
 from shoal.progress import Display, display
 from shoal.protos.errors import ExperimentError
-from shoal.protos.transport import Address, check_exposure
+from shoal.protos.transport import Address, Certificates, check_exposure
 from shoal.run import Run
 from shoal.server.coordinator import Coordinator, updates_needed
 from shoal.server.fleet import Fleet
@@ -58,11 +58,14 @@ class Door:
             if not 0 < getattr(self, name) < math.inf:
                 raise ExperimentError(f"{name} is {getattr(self, name)}; it must be a number of seconds above 0")
 
-    def open(self) -> Serving:
-        """Listen; ConnectionRefused if that is not possible or not safe."""
+    def place(self) -> tuple[Address, Certificates | None]:
+        """Where to listen; ConnectionRefused if that is no address, or not safe."""
         address = Address.parse(self.listen)
-        tls = None if self.tls is None else Path(self.tls)
-        certificates = check_exposure(address, tls, self.insecure, self.force)
+        return address, check_exposure(address, None if self.tls is None else Path(self.tls), self.insecure, self.force)
+
+    def open(self) -> Serving:
+        """Listen; ConnectionRefused if that is not possible."""
+        address, certificates = self.place()
         return Serving(address, certificates, heartbeat=min(self.heartbeat, self.lease / 3))
 
     def clients_needed(self, experiment: Experiment) -> int:
@@ -80,6 +83,7 @@ def serve(experiments: Sequence[Experiment], door: Door, *, out: Path, progress:
     Everything is checked before the first client is let in. Called again after whatever ended it, it goes on with what
     it had begun, unless ``anew``. After an interrupt the experiments that are left are not begun.
     """
+    door.place()
     # A round with devices is dearer than a checkpoint.
     compositions = [Composition(replace(experiment, checkpoint_every=1)) for experiment in experiments]
     for composition in compositions:

@@ -141,11 +141,11 @@ def test_a_resumed_run_ends_where_an_undisturbed_one_does() -> None:
 
 def test_a_round_that_was_begun_goes_on_with_whom_it_had_asked() -> None:
     fleet = MadeUp(10)
-    fleet.begun[2] = ["7", "2", "9"], 12
+    fleet.begun[2] = ["7", "2", "9", "4"], 12
     made(fleet)[0].run()
 
-    assert fleet.asks[1].cohort == ["7", "2", "9"]
-    assert (fleet.asks[1].context.population, fleet.asks[1].context.asked) == (12, 3)
+    assert fleet.asks[1].cohort == ["7", "2", "9", "4"]
+    assert (fleet.asks[1].context.population, len(fleet.settled[1])) == (12, 4)
     assert fleet.asks[2].context.population == 10
 
 

@@ -488,6 +488,21 @@ def test_a_round_goes_on_after_its_server_with_what_was_taken(serve: Serve, join
     assert sums == [bits(summed(ask, {number: an_update(number) for number in range(3)}))] * 2
 
 
+def test_who_was_there_has_a_leases_time_to_come_back(
+    serve: Serve, join: Join, event: Callable[[Serving, type[Left]], Left], tmp_path: Path
+) -> None:
+    journal = Journal(tmp_path / "kept")
+    journal.open(1, Kind.TRAIN, ["a"], 3, ["a", "b"])
+    with ThreadPoolExecutor(1) as pool:
+        fleet = (house := House(serve(), pool, journal)).fleet
+        join(house.serving, "c")
+        assert (fleet.reachable, fleet.population) == (["a", "b", "c"], ["a", "b", "c"])
+        join(house.serving, "a").leave()
+        event(house.serving, Left)
+        assert (fleet.reachable, fleet.population) == (["b", "c"], ["a", "b", "c"])
+        fleet.close()
+
+
 def test_bytes_that_a_power_cut_has_damaged_are_sent_again(serve: Serve, join: Join, tmp_path: Path) -> None:
     ask, journal = an_ask(["a"]), Journal(tmp_path / "kept")
     header, _ = encode(an_update(0))
