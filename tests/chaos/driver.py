@@ -40,7 +40,7 @@ SIMULATING = asyncio.Lock()  # torch has one random generator a process
 
 @dataclass(frozen=True)
 class Limits:
-    """How much one trial is. ``only`` are words in a fault's ``group: name``; with them, those that take long come, too."""
+    """How much one trial is. ``only`` are words in a fault's ``group: name``; with them, long ones come, too."""
 
     faults: int = 1000
     patience: float = PATIENCE
