@@ -129,11 +129,15 @@ class Journal:
                 (header, nonce),
             )
 
-    def forget(self, before: int) -> None:
-        """Drop the rounds before this one: a checkpoint holds what they gave."""
+    def forget(self, but: int) -> None:
+        """Drop all rounds but this one. What those before it gave, a checkpoint holds.
+
+        Those after it were asked when there was a checkpoint that is gone: answers to them belong to another model,
+        and clients that make the round again drop the states that came with them.
+        """
         with self._transaction() as database:
-            gone = database.execute("DELETE FROM asked WHERE round < ?", (before,)).rowcount
-            database.execute("DELETE FROM task WHERE round < ?", (before,))
+            gone = database.execute("DELETE FROM asked WHERE round != ?", (but,)).rowcount
+            database.execute("DELETE FROM task WHERE round != ?", (but,))
         if gone:
             self._drop_files()
 

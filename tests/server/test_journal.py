@@ -101,6 +101,16 @@ def test_rounds_that_a_checkpoint_holds_are_forgotten(reopen: Open) -> None:
     assert reopen().recall(2, Kind.TRAIN) is not None
 
 
+def test_a_round_that_is_made_again_takes_those_after_it_with_it(reopen: Open) -> None:
+    journal = reopen()
+    for round in (7, 8):
+        take(journal, journal.open(round, Kind.TRAIN, ["a"], 1).nonces[0])
+    journal.forget(7)  # the checkpoint after round 7 is damaged: that round is made again
+
+    assert journal.recall(7, Kind.TRAIN) is not None
+    assert journal.recall(8, Kind.TRAIN) is None
+
+
 def test_bytes_that_belong_to_nothing_go_when_the_server_comes_back(reopen: Open) -> None:
     journal = reopen()
     (nonce,) = journal.open(1, Kind.TRAIN, ["a"], 1).nonces
