@@ -6,7 +6,8 @@ DEMO := fedavg,fedprox:mu=0.1,fedadam:server_lr=0.01,scaffold
 PROTOC := -I shoal/protos=protos --python_out=.types --mypy_out=quiet:.types \
 	--grpc_python_out=.types --mypy_grpc_out=quiet:.types shoal/protos/fleet.proto
 
-.PHONY: help demo test check protos docs papers bench bench-peers bench-service bench-strategies clean
+.PHONY: help demo test check protos docs papers bench bench-peers bench-service bench-strategies \
+	chaos clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -57,6 +58,11 @@ bench-peers: .venv/.dev ## the same per core beside pfl, BlazeFL and FedJAX, in 
 	$(BIN)/python -m benchmarks.peers.environments
 	$(BIN)/python -m benchmarks.simulation --publish peers --only lr-tiny 2nn lenet pfl-cnn --rounds 6 \
 		--contenders shoal-lean-1 shoal-fused-1 pfl-1 blazefl-1 'fedjax*-1'
+
+MINUTES ?= 30
+SEED ?= 1
+chaos: .venv/.dev ## kill and disturb real servers and clients, and write docs/reliability.md; MINUTES=30 SEED=1
+	$(BIN)/python -m tests.chaos.driver --minutes $(MINUTES) --seed $(SEED) --publish
 
 clean: ## remove the environment and everything generated
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache *.egg-info

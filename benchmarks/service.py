@@ -41,6 +41,7 @@ from shoal.protos.messages import Update
 from shoal.protos.parameters import Entry, Layout, Parameters, Segment
 from shoal.protos.transport import CHANNEL, CHUNK, SERVER, Address
 from shoal.server.fleet import Ask
+from shoal.server.journal import Journal
 from shoal.server.remote import RemoteFleet, Terms
 from shoal.server.serving import Serving
 from shoal.strategies.base import Context, vector
@@ -126,11 +127,11 @@ def measure(count: int, megabytes: int, repetitions: int) -> dict[str, Any]:
     bare, volume = Bare(), count * size * 4 / 2**20
     with (
         tempfile.TemporaryDirectory() as folder,
-        closing(Serving(Address("127.0.0.1", 0), None, Path(folder))) as serving,
+        closing(Serving(Address("127.0.0.1", 0), None)) as serving,
     ):
         words = [sys.executable, __file__, "--clients", bare.address, str(serving.address), str(count), str(size)]
         with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-            fleet = _fleet(serving, size)
+            fleet = _fleet(serving, size, Journal(Path(folder) / "round"))
             assert process.stdin is not None and process.stdout is not None
             fleet.wait_for(count, lambda present: None, lambda: process.poll() is not None)
             times: dict[str, list[float]] = {"bare": [], "shoal": []}
@@ -138,7 +139,7 @@ def measure(count: int, megabytes: int, repetitions: int) -> dict[str, Any]:
             for round in range(1, repetitions + 2):  # the first one warms up
                 print("bare", file=process.stdin, flush=True)
                 times["bare"].append(float(process.stdout.readline()))
-                times["shoal"].append(_round(fleet, round, count, size))
+                times["shoal"].append(sum_of_round(fleet, round, count, size, count * (count + 1) / 2))
             peak = _peak()
             serving.close(finished=True)
             print("end", file=process.stdin, flush=True)
@@ -153,13 +154,14 @@ def measure(count: int, megabytes: int, repetitions: int) -> dict[str, Any]:
     }
 
 
-def _fleet(serving: Serving, size: int) -> RemoteFleet:
+def _fleet(serving: Serving, size: int, journal: Journal) -> RemoteFleet:
     layout = Layout((Entry("w", Segment.TRAINABLE, "float32", (size,)),))
     initial = Parameters(layout, torch.zeros(size), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
-    return RemoteFleet(serving, Terms("run", b"{}", FedAvg(weighting="uniform"), initial), [])
+    return RemoteFleet(serving, Terms("run", b"{}", FedAvg(weighting="uniform"), initial), journal)
 
 
-def _round(fleet: RemoteFleet, number: int, count: int, size: int) -> float:
+def sum_of_round(fleet: RemoteFleet, number: int, count: int, size: int, expected: float) -> float:
+    """The seconds of one round, from the question to a sum of which every element is as expected."""
     state = {"parameters": torch.zeros(size)}
     carried = Carried(torch.zeros(0), torch.zeros(0, dtype=torch.int64))
     ask = Ask([str(n) for n in range(count)], count, state, carried, Context(number, count, count))
@@ -170,7 +172,7 @@ def _round(fleet: RemoteFleet, number: int, count: int, size: int) -> float:
     summed = total.total()
     seconds = time.perf_counter() - began
     assert summed is not None
-    assert torch.equal(vector(summed.terms, "delta"), torch.full((size,), count * (count + 1) / 2))
+    assert torch.equal(vector(summed.terms, "delta"), torch.full((size,), expected))
     return seconds
 
 

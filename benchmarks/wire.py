@@ -24,6 +24,7 @@ from shoal.experiment import Experiment
 from shoal.protos import fleet_pb2 as wire
 from shoal.protos.transport import Address
 from shoal.server.hub import Hub
+from shoal.server.journal import Journal
 from shoal.server.remote import RemoteFleet, Terms
 from shoal.server.service import handlers
 from shoal.server.serving import Serving
@@ -127,12 +128,12 @@ def _run(composition: Composition, folder: Path) -> Recorder:
         recorders.append(Recorder(handlers(hub)))
         return recorders[0]
 
-    with closing(Serving(Address("127.0.0.1", 0), None, folder, service=service)) as serving:
+    with closing(Serving(Address("127.0.0.1", 0), None, service=service)) as serving:
         words = ["client", "--connect", str(serving.address), "--insecure", "--once", "--state", str(folder / "state")]
         words += ["--data", str(ROOT / "examples" / "five.toml"), "--simulate", str(CLIENTS)]
         with subprocess.Popen([sys.executable, "-c", CLIENT, *words], stdout=subprocess.DEVNULL) as clients:
             terms = Terms("a-run", experiment.assignment(data).encode(), experiment.strategy, composition.initial)
-            fleet = RemoteFleet(serving, terms, data.clients)
+            fleet = RemoteFleet(serving, terms, Journal(folder), data.clients)
             fleet.wait_for(CLIENTS, lambda present: None, lambda: clients.poll() is not None)
             composition.coordinator(fleet, composition.start(), []).run()
             serving.close(finished=True)

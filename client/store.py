@@ -20,12 +20,7 @@ from typing import IO
 from urllib.parse import quote
 
 from shoal.protos.errors import ConnectionRefused
-from shoal.protos.files import write_whole
-
-try:
-    import fcntl
-except ImportError:  # not a POSIX system: nobody keeps a second process away
-    fcntl = None  # type: ignore[assignment]
+from shoal.protos.files import locked, write_whole
 
 __all__ = ["Outbox", "Store", "keep_state", "kept_state"]
 
@@ -47,19 +42,14 @@ class Store:
         try:
             for folder in (self.cache, self.outbox.path):
                 folder.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / ".lock").open("w")
+            self._lock = locked(self.path / ".lock")
         except OSError as error:
             raise ConnectionRefused(f"{str(self.path)!r} cannot be written ({error.strerror}); set --state") from error
-        if fcntl is None:
-            return
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._lock.close()
+        if self._lock is None:
             raise ConnectionRefused(
                 f"another process is client {self.client!r} with the state in {self.path}; stop it, or give this one "
                 f"another name with --id"
-            ) from error
+            )
 
     def run(self, run: str) -> Path:
         """The folder of the client's states in a run; those of all but the newest runs are dropped."""

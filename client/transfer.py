@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import IO
@@ -16,7 +15,7 @@ from shoal.client.link import Link
 from shoal.protos import fleet_pb2 as wire
 from shoal.protos.codec import content_of
 from shoal.protos.errors import CodecError, InvalidUpdate
-from shoal.protos.files import mapped
+from shoal.protos.files import mapped, sync_file
 from shoal.protos.transport import blocks, check_chunk, fill
 
 __all__ = ["Depot", "Over", "deliver"]
@@ -27,6 +26,7 @@ SHORT = 120.0  # seconds for a call that carries no tensors; the server examines
 TRIES = 20  # in vain, on a connection that stands
 LAST = frozenset({grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.PERMISSION_DENIED})
 BROKEN = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.CANCELLED})
+FULL = grpc.StatusCode.RESOURCE_EXHAUSTED  # the server's disk: it may have room again in an hour
 
 
 class Over(Exception):
@@ -47,7 +47,7 @@ class _Attempts:
         code, said = (error.code(), error.details()) if isinstance(error, aio.AioRpcError) else (None, str(error))
         if code is grpc.StatusCode.NOT_FOUND:
             raise Over(said) from error
-        self._vain = 0 if moved > self._moved or code in BROKEN else self._vain + 1
+        self._vain = 0 if moved > self._moved or code in BROKEN or code is FULL else self._vain + 1
         self._moved = max(moved, self._moved)
         if code in LAST or self._vain >= TRIES:
             raise InvalidUpdate(said or f"the server fails ({code})") from error
@@ -70,7 +70,7 @@ class Depot:
                 part = path.with_suffix(".part")
                 try:
                     await self._complete(link, content, part)
-                    await asyncio.to_thread(_sync, part)
+                    await asyncio.to_thread(sync_file, part)
                 except (Over, InvalidUpdate):
                     part.unlink(missing_ok=True)
                     raise
@@ -110,11 +110,6 @@ class Depot:
             found = [path for path in self._folder.iterdir() if path.suffix == suffix and path.name not in busy]
             for old in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)[KEPT:]:
                 old.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def _append(file: IO[bytes], digest: hashlib._Hash, data: bytes) -> None:

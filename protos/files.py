@@ -6,8 +6,14 @@ import mmap
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import IO
 
-__all__ = ["mapped", "sync_folder", "write_synced", "write_whole"]
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: nobody keeps a second process away
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["locked", "mapped", "sync_file", "sync_folder", "write_synced", "write_whole"]
 
 Bytes = bytes | memoryview
 
@@ -29,6 +35,12 @@ def write_synced(path: Path, parts: Iterable[Bytes]) -> None:
         os.fsync(file.fileno())
 
 
+def sync_file(path: Path) -> None:
+    """Wait until the bytes of a file are on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def sync_folder(folder: Path) -> None:
     """Wait until the names in a folder are on the disk."""
     if os.name == "posix":  # elsewhere a folder cannot be opened for syncing
@@ -37,6 +49,19 @@ def sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def locked(path: Path) -> IO[str] | None:
+    """The file, open and locked until it is closed or the process ends, however it ends; None if another has it."""
+    file = path.open("w")
+    if fcntl is None:
+        return file
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        return None
+    return file
 
 
 def mapped(path: Path) -> memoryview:

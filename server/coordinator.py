@@ -188,7 +188,13 @@ class Coordinator:
         return replace(before, round=number, state=state, carried=carried, selector=selector)
 
     def ask(self, number: int) -> Ask:
-        """What the fleet is asked in that round, after the value there is now."""
+        """What the fleet is asked in that round, after the value there is now: what it was asked already, or anew."""
+        plan, begun = self.plan, self.fleet.recall(number)
+        cohort, population = (self._select(number), len(self.fleet.population)) if begun is None else begun
+        context = Context(number, population, len(cohort))
+        return Ask(cohort, plan.cohort, self.point.state, self.point.carried, context, plan.deadline)
+
+    def _select(self, number: int) -> Sequence[str]:
         plan, population = self.plan, self.fleet.population
         asked = min(len(population), math.ceil(plan.cohort * plan.over_select - ROUNDING))
         rng = seeds.stream(plan.seed, "cohort", number)
@@ -197,8 +203,7 @@ class Coordinator:
         cohort = self._selector.select(self.point.selector, choice, asked, number, rng)
         if len(set(cohort)) != len(cohort) or not cohort:
             raise RoundError(f"the selector chose {len(cohort)} clients for round {number}, not all different, or none")
-        context = Context(number, len(population), len(cohort))
-        return Ask(cohort, plan.cohort, self.point.state, self.point.carried, context, plan.deadline)
+        return cohort
 
     def _evaluate_point(self, ask: Ask, line: dict[str, float]) -> None:
         """What is due after this round, on the model and the client states that the round has made."""

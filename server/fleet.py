@@ -80,6 +80,10 @@ class Fleet(Protocol):
         """Those of the population that would hear a task now, in the same order."""
         ...
 
+    def recall(self, round: int) -> tuple[Sequence[str], int] | None:
+        """The cohort of a round that was begun before this process was, and the size of the population then."""
+        ...
+
     def train(self, ask: Ask) -> Iterator[Part]:
         """Every client of the cohort is reported or failed exactly once, unless the goal was reached before."""
         ...

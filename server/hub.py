@@ -10,8 +10,7 @@ import asyncio
 import secrets
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
 
 from shoal.protos import fleet_pb2 as wire
 from shoal.protos.codec import content_of, decode_failure
@@ -19,8 +18,20 @@ from shoal.protos.errors import CodecError, InvalidUpdate
 from shoal.protos.files import mapped
 from shoal.protos.messages import Failure
 from shoal.protos.transport import CAPABILITIES, VERSIONS, software
-from shoal.server.orders import Answered, Assigned, Blob, Denied, Event, Failed, Joined, Left, Order, Session
-from shoal.server.spool import Incoming
+from shoal.server.orders import (
+    Answered,
+    Assigned,
+    Blob,
+    Call,
+    Denied,
+    Event,
+    Failed,
+    Joined,
+    Left,
+    Order,
+    Session,
+)
+from shoal.server.spool import Incoming, Torn
 
 __all__ = ["Hub"]
 
@@ -30,10 +41,10 @@ QUEUED = 64  # replies to one client: a client that does not read gets no more h
 
 
 class Hub:
-    """``tell`` gets each event and must not block; ``spool`` is the folder for answers on their way in."""
+    """``tell`` gets each event and must not block."""
 
-    def __init__(self, tell: Callable[[Event], None], spool: Path, heartbeat: float = 30.0) -> None:
-        self._tell, self._spool, self.heartbeat = tell, spool, heartbeat
+    def __init__(self, tell: Callable[[Event], None], heartbeat: float = 30.0) -> None:
+        self._tell, self.heartbeat = tell, heartbeat
         self.known: dict[str, str] = {}  # every client that ever joined, with the identity it proved
         self._sessions: dict[str, Session] = {}  # by token
         self._present: dict[str, Session] = {}  # by client
@@ -130,17 +141,17 @@ class Hub:
 
     # --- tasks -------------------------------------------------------------------------------------------------------
 
-    def ask(self, order: Order, clients: Mapping[str, int]) -> dict[str, str]:
-        """Offer the order's task; ``clients`` maps names to the round last counted. The nonces by client."""
+    def ask(self, order: Order, calls: Sequence[Call]) -> None:
+        """Offer the order's task to those who have not answered it."""
         self._blobs |= {blob.sha256: blob for blob in (order.assignment, order.payload)}
-        nonces = {}
-        for client, counted in clients.items():
-            assigned = Assigned(secrets.token_hex(8), client, counted, order, time.monotonic())
-            self._open[assigned.nonce] = assigned
-            nonces[client] = assigned.nonce
-            if client in self._present:
-                self._present[client].send(assigned.offer())
-        return nonces
+        for call in calls:
+            assigned = Assigned(call.nonce, call.client, call.counted, order, time.monotonic())
+            self._open[call.nonce] = assigned
+            if call.taken:
+                assigned.committing = asyncio.get_running_loop().create_future()
+                assigned.committing.set_result(wire.Receipt(status=wire.Receipt.ACCEPTED))
+            elif call.client in self._present:
+                self._present[call.client].send(assigned.offer())
 
     def end(self, order: Order, reason: str) -> None:
         """Withdraw what is still open, and forget the order's content."""
@@ -181,6 +192,8 @@ class Hub:
             return assigned.incoming.offset
         try:
             content, sha256, total = content_of(header)
+            if assigned.committing is not None:
+                return total  # taken before this server was: the client shall ask for its receipt
             if content == "failure":
                 decode_failure(header)
             else:
@@ -191,8 +204,8 @@ class Hub:
         before, assigned.incoming = assigned.incoming, None
         if before is not None:
             before.discard()
-        assigned.incoming = Incoming(self._spool, header, sha256, total)
-        return 0
+        assigned.incoming = Incoming(assigned.order.journal.payload(nonce), header, sha256, total)
+        return assigned.incoming.offset
 
     def incoming(self, session: Session, nonce: str) -> Incoming:
         """Where the next chunk goes."""
@@ -219,6 +232,12 @@ class Hub:
         receipt = wire.Receipt(status=wire.Receipt.ACCEPTED)
         try:
             failure = await asyncio.to_thread(_examine, assigned, incoming)
+            if failure is None and assigned.nonce in self._open:
+                await asyncio.to_thread(assigned.order.journal.take, assigned.nonce, incoming.header)
+        except Torn as error:
+            assigned.committing = assigned.incoming = None
+            incoming.discard()
+            raise Denied("ABORTED", str(error)) from error
         except (CodecError, InvalidUpdate) as error:
             failure = Failure(assigned.client, assigned.order.round, str(error))
             receipt = wire.Receipt(status=wire.Receipt.REJECTED, reason=str(error))
@@ -233,7 +252,7 @@ class Hub:
             incoming.discard()
             raise Denied("NOT_FOUND", _over(assigned.nonce))
         if failure is None:
-            self._tell(Answered(assigned.nonce, assigned.client, incoming.header, incoming.path))
+            self._tell(Answered(assigned.nonce, assigned.client, incoming.header))
         else:
             incoming.discard()
             self._tell(Failed(assigned.nonce, failure))
@@ -254,7 +273,8 @@ def _examine(assigned: Assigned, incoming: Incoming) -> Failure | None:
     if content == "failure":
         told = decode_failure(incoming.header)
         return Failure(assigned.client, assigned.order.round, told.reason[:LONGEST], told.traceback[-LONGEST:])
-    assigned.order.check(assigned.client, content, incoming.header, mapped(incoming.path))
+    payload = mapped(incoming.path) if incoming.total else memoryview(b"")
+    assigned.order.check(assigned.client, content, incoming.header, payload)
     return None
 
 

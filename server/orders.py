@@ -6,14 +6,14 @@ import asyncio
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from shoal.protos import fleet_pb2 as wire
 from shoal.protos.errors import ShoalError
 from shoal.protos.messages import Failure
+from shoal.server.journal import Journal
 from shoal.server.spool import Incoming
 
-__all__ = ["Answered", "Assigned", "Blob", "Denied", "Event", "Failed", "Joined", "Left", "Order", "Session"]
+__all__ = ["Answered", "Assigned", "Blob", "Call", "Denied", "Event", "Failed", "Joined", "Left", "Order", "Session"]
 
 
 class Denied(ShoalError):
@@ -26,12 +26,11 @@ class Denied(ShoalError):
 
 @dataclass(frozen=True)
 class Answered:
-    """A checked answer lies in a file; whoever takes the event deletes it."""
+    """A checked answer is in the journal, its payload in a file of it."""
 
     nonce: str
     client: str
     header: bytes
-    path: Path
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,8 @@ class Order:
     """One ask: what its clients have in common.
 
     ``check(client, content, header, payload)`` raises for an answer that must not be taken; it is called with None for
-    a payload still to come, and not for a failure. ``ends`` is a time of the monotonic clock.
+    a payload still to come, and not for a failure. The others are kept in the ``journal``. ``ends`` is a time of the
+    monotonic clock.
     """
 
     run: str
@@ -85,8 +85,22 @@ class Order:
     header: bytes
     payload: Blob
     check: Callable[[str, str, bytes, memoryview | None], None]
+    journal: Journal
     lease: float
     ends: float | None = None
+
+
+@dataclass(frozen=True)
+class Call:
+    """Whom an order asks. ``counted`` is the round in which the client was last counted.
+
+    ``taken``: its answer is in the journal already, and the client may not know.
+    """
+
+    nonce: str
+    client: str
+    counted: int = 0
+    taken: bool = False
 
 
 @dataclass
@@ -99,7 +113,7 @@ class Assigned:
     order: Order
     since: float
     incoming: Incoming | None = None
-    committing: asyncio.Task[wire.Receipt] | None = None  # from then on nobody else may fail or withdraw it
+    committing: asyncio.Future[wire.Receipt] | None = None  # from then on nobody else may fail or withdraw it
 
     def offer(self) -> wire.ConnectReply:
         o = self.order

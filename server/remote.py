@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Generator, Iterator, Mapping, 
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,9 @@ from shoal.protos.files import mapped
 from shoal.protos.messages import Failure, Kind, Task, check_update
 from shoal.protos.parameters import Parameters
 from shoal.server.fleet import Ask, Part, Report
-from shoal.server.orders import Answered, Blob, Event, Failed, Order
+from shoal.server.journal import Asked, Journal
+from shoal.server.orders import Answered, Blob, Call, Event, Failed, Order
+from shoal.server.patience import at_once
 from shoal.server.serving import Serving
 from shoal.strategies.base import Strategy
 from shoal.strategies.sums import contribute
@@ -51,16 +54,25 @@ class Terms:
 class RemoteFleet:
     """A :class:`~shoal.server.fleet.Fleet` of the clients that call a server.
 
-    ``first`` are clients' names in the order that the experiment's data gives them: with the same clients the cohorts
-    are those of a simulation. ``tell`` hears who comes and goes, in the coordinator's thread.
+    The ``journal`` keeps each round until the next one begins: by then there must be a checkpoint of it. ``first`` are
+    clients' names in the order that the experiment's data gives them: with the same clients the cohorts are those of a
+    simulation. ``tell`` hears who comes and goes, in the coordinator's thread.
     """
 
     def __init__(
-        self, serving: Serving, terms: Terms, first: Sequence[str], tell: Callable[[Event], None] = lambda event: None
+        self,
+        serving: Serving,
+        terms: Terms,
+        journal: Journal,
+        first: Sequence[str] = (),
+        tell: Callable[[Event], None] = lambda event: None,
+        patience: Callable[[Callable[[], Any]], Any] = at_once,
     ) -> None:
-        self._serving, self._terms, self._tell = serving, terms, tell
+        self._serving, self._terms, self._journal, self._tell, self._patience = serving, terms, journal, tell, patience
         self._rank = {client: number for number, client in enumerate(first)}
         self._counted: dict[str, int] = {}
+        # Who was there before this server was, and has a lease's time to come back.
+        self._expected, self._until = set(journal.present()), time.monotonic() + terms.lease
         self._round = 0
         self._assignment = Blob.of(terms.assignment)
 
@@ -68,11 +80,14 @@ class RemoteFleet:
     def population(self) -> Sequence[str]:
         """Every client that ever joined this run, whether it is connected or not."""
         known = self._serving.call(lambda: list(self._serving.hub.known))
-        return self._ordered({*known, *self._counted})
+        return self._ordered({*known, *self._counted, *self._expected})
 
     @property
     def reachable(self) -> Sequence[str]:
-        return self._ordered(self._serving.call(lambda: set(self._serving.hub.present)))
+        hub = self._serving.hub
+        known, present = self._serving.call(lambda: (set(hub.known), set(hub.present)))
+        back = self._expected - known if time.monotonic() < self._until else set[str]()
+        return self._ordered(present | back)
 
     def _ordered(self, clients: Collection[str]) -> Sequence[str]:
         return sorted(clients, key=lambda client: (self._rank.get(client, len(self._rank)), client))
@@ -91,48 +106,55 @@ class RemoteFleet:
 
     # --- asking ------------------------------------------------------------------------------------------------------
 
+    def recall(self, round: int) -> tuple[Sequence[str], int] | None:
+        asked = self._journal.recall(round, Kind.TRAIN)
+        return None if asked is None else (asked.cohort, asked.population)
+
     def train(self, ask: Ask) -> Iterator[Part]:
         self._round = ask.context.round
+        self._patience(lambda: self._journal.forget(self._round))
         order, arrived = self._order(ask, Kind.TRAIN), dict[int, Answered | Failure]()
         counted, position = 0, 0
-        try:
-            with closing(self._answers(order, ask.cohort)) as answers:
-                for place, answer in answers:
-                    arrived[place] = answer
-                    while position in arrived:  # what stands next in the cohort's order need not wait
-                        yield self._part(ask, order, position, arrived.pop(position))
-                        position += 1
-                    counted += isinstance(answer, Answered)
-                    if counted == ask.goal:
-                        break
-            for place in sorted(arrived):
-                yield self._part(ask, order, place, arrived.pop(place))
-        finally:  # a round may be given up half way
-            for answer in arrived.values():
-                _drop(answer)
+        with closing(self._answers(order, ask, Kind.TRAIN)) as answers:
+            for place, answer in answers:
+                arrived[place] = answer
+                while position in arrived:  # what stands next in the cohort's order need not wait
+                    yield self._part(ask, order, position, arrived.pop(position))
+                    position += 1
+                counted += isinstance(answer, Answered)
+                if counted == ask.goal:
+                    break
+        for place in sorted(arrived):
+            yield self._part(ask, order, place, arrived.pop(place))
 
     def evaluate(self, ask: Ask) -> Iterator[Report | Failure]:
-        answers = self._answers(self._order(ask, Kind.EVALUATE), ask.cohort)
+        answers = self._answers(self._order(ask, Kind.EVALUATE), ask, Kind.EVALUATE)
         found = {place: answer if isinstance(answer, Failure) else _measured(answer) for place, answer in answers}
         for _, measured in sorted(found.items()):
             if isinstance(measured, Failure) or measured.numbers:  # who holds nothing out has nothing to say
                 yield measured
 
-    def _answers(self, order: Order, cohort: Sequence[str]) -> Generator[tuple[int, Answered | Failure], None, None]:
-        """Each client's answer with its place in the cohort, as they come; at the end what is left is withdrawn."""
-        hub = self._serving.hub
-        nonces = self._serving.call(hub.ask, order, {client: self._counted.get(client, 0) for client in cohort})
-        places = {nonces[client]: place for place, client in enumerate(cohort)}
+    def _answers(self, order: Order, ask: Ask, kind: Kind) -> Generator[tuple[int, Answered | Failure], None, None]:
+        """Each client's answer with its place in the cohort, as they come; at the end what is left is withdrawn.
+
+        Those that came before this process was come first. Failures are not kept: their clients are asked again.
+        """
+        hub, population, present = self._serving.hub, ask.context.population, self.reachable
+        asked: Asked = self._patience(lambda: self._journal.open(order.round, kind, ask.cohort, population, present))
+        named = list(zip(asked.nonces, asked.cohort, strict=True))
+        calls = [Call(nonce, client, self._counted.get(client, 0), nonce in asked.taken) for nonce, client in named]
+        places = {nonce: place for place, nonce in enumerate(asked.nonces)}
+        self._serving.call(hub.ask, order, calls)
         try:
+            for nonce, header in asked.taken.items():
+                place = places.pop(nonce)
+                yield place, Answered(nonce, asked.cohort[place], header)
             while places:
                 event = self._next()
                 if isinstance(event, Answered | Failed) and event.nonce in places:
                     yield places.pop(event.nonce), event if isinstance(event, Answered) else event.failure
-                else:
-                    _drop(event)  # came when its round was over
         finally:
             self._serving.call(hub.end, order, OVER)
-            self._clear()
 
     def _order(self, ask: Ask, kind: Kind) -> Order:
         terms, round = self._terms, ask.context.round
@@ -164,7 +186,8 @@ class RemoteFleet:
                 raise CodecError(f"client {client!r} answers the task to {kind} with {content}; run the same version")
 
         ends = None if ask.deadline is None else time.monotonic() + ask.deadline
-        return Order(terms.run, round, self._assignment, header, Blob(sha256, buffers), check, terms.lease, ends)
+        payload = Blob(sha256, buffers)
+        return Order(terms.run, round, self._assignment, header, payload, check, self._journal, terms.lease, ends)
 
     def _next(self) -> Event | None:
         """The next event, or None after a moment: the caller's thread must be able to hear an interrupt."""
@@ -176,23 +199,17 @@ class RemoteFleet:
             self._tell(event)
         return event
 
-    def _clear(self) -> None:
-        """Drop answers that came when enough others had: no later round may find them."""
-        while not self._serving.events.empty():
-            _drop(self._next())
-
     # --- answers -----------------------------------------------------------------------------------------------------
 
     def _part(self, ask: Ask, order: Order, position: int, answer: Answered | Failure) -> Part:
         if isinstance(answer, Failure):
             return Part(position, None, (), [answer])
         try:
-            update = decode_update(answer.header, mapped(answer.path), verify=False).map(_to_tensor)
+            payload = mapped(self._journal.payload(answer.nonce))
+            update = decode_update(answer.header, payload, verify=False).map(_to_tensor)
             total = contribute(self._terms.strategy, ask.state, update, ask.context)
         except ShoalError as error:
             return Part(position, None, (), [Failure(answer.client, ask.context.round, str(error))])
-        finally:
-            _drop(answer)
         down, up = order.payload.content.total_bytes, content_of(answer.header)[2]
         return Part(position, total, [Report.of(answer.client, update, down, up)])
 
@@ -211,18 +228,12 @@ class RemoteFleet:
         self._counted = dict(note)
 
     def close(self) -> None:
-        """Nothing: the server goes on with the next run."""
+        """The server goes on with the next run."""
+        self._journal.close()
 
 
 def _measured(answer: Answered) -> Report:
-    _drop(answer)
     return Report(answer.client, decode_measurement(answer.header).metrics)
-
-
-def _drop(what: Event | Failure | None) -> None:
-    """An answer that is done with gives its place on disk back."""
-    if isinstance(what, Answered):
-        what.path.unlink(missing_ok=True)
 
 
 def _to_numpy(tensor: Tensor) -> np.ndarray:

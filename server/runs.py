@@ -9,6 +9,7 @@ checkpoints/       the newest two states (safetensors and JSON)
 states.sqlite      what simulated clients keep between rounds, if they do (:mod:`shoal.simulations.states`)
 summary.json       status and last numbers
 log.jsonl          events with their time
+round/             of a served run: what the round in progress has so far (:mod:`shoal.server.journal`)
 .lock              held by the one process that writes
 =================  =====================================================================================
 
@@ -17,38 +18,42 @@ Lines are appended and flushed; a run that is resumed drops the lines of rounds 
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from io import FileIO
 from pathlib import Path
 from typing import IO, Any
 
 from shoal.protos.errors import RunError
+from shoal.protos.files import locked, write_whole
 from shoal.protos.messages import Failure
 from shoal.server import checkpoints
 from shoal.server.checkpoints import Checkpoint
 from shoal.server.coordinator import Round
 from shoal.server.fleet import Report
+from shoal.server.patience import at_once
 
 __all__ = ["RunFolder", "list_runs", "plain"]
-
-try:
-    import fcntl
-except ImportError:  # not a POSIX system: nobody keeps a second writer away
-    fcntl = None  # type: ignore[assignment]
 
 NUMBERED = re.compile(r"(\d{4,})-")
 
 
 class RunFolder:
-    """One run's folder; an :class:`~shoal.server.coordinator.Observer` that writes what happens."""
+    """One run's folder; an :class:`~shoal.server.coordinator.Observer` that writes what happens.
+
+    ``patience`` says what becomes of a write for which the disk has no room.
+    """
+
+    patience: Callable[[Callable[[], Any]], Any]
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self._files: dict[str, IO[str]] = {}
+        self.path, self.patience = path, at_once
+        self._files: dict[str, FileIO] = {}
         self._lock: IO[str] | None = None
 
     @classmethod
@@ -93,14 +98,9 @@ class RunFolder:
 
     def claim(self) -> None:
         """Become the only writer; RunError if another process is."""
-        self._lock = (self.path / ".lock").open("w")
-        if fcntl is None:
-            return
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._lock.close()
-            raise RunError(f"{self.path} is being written by another process; wait for it or stop it") from error
+        self._lock = locked(self.path / ".lock")
+        if self._lock is None:
+            raise RunError(f"{self.path} is being written by another process; wait for it or stop it")
 
     def in_use(self) -> bool:
         """Whether a process is writing this run (always False where the system has no file locks)."""
@@ -117,9 +117,7 @@ class RunFolder:
     def write(self, name: str, content: str | Mapping[str, Any]) -> None:
         """A whole file, replaced at once."""
         text = content if isinstance(content, str) else json.dumps(plain(content), indent=2) + "\n"
-        aside = self.path / f".{name}"
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(self.path / name)
+        self.patience(lambda: write_whole(self.path / name, [text.encode()]))
 
     def on_round(self, round: Round) -> None:
         self._append("metrics.jsonl", {"round": round.number, **round.numbers})
@@ -140,7 +138,9 @@ class RunFolder:
             self._append("clients.jsonl", {"round": round, "kind": "evaluate", **_columns(reports)})
 
     def on_checkpoint(self, checkpoint: Checkpoint) -> None:
-        checkpoints.write(self.path / "checkpoints", checkpoint)
+        for file in self._files.values():  # what a checkpoint has behind it is not written again
+            os.fsync(file.fileno())
+        self.patience(lambda: checkpoints.write(self.path / "checkpoints", checkpoint))
 
     def log(self, event: str, **fields: object) -> None:
         """One event with the time of day (UTC)."""
@@ -149,9 +149,9 @@ class RunFolder:
 
     def _append(self, name: str, line: Mapping[str, Any]) -> None:
         if name not in self._files:
-            self._files[name] = (self.path / name).open("a", encoding="utf-8")
-        self._files[name].write(json.dumps(plain(line)) + "\n")
-        self._files[name].flush()
+            self._files[name] = (self.path / name).open("ab", buffering=0)
+        data = (json.dumps(plain(line)) + "\n").encode()
+        self.patience(lambda: _write_line(self._files[name], data))
 
     def close(self) -> None:
         for file in self._files.values():
@@ -173,6 +173,9 @@ class RunFolder:
                 if line.endswith("\n"):
                     yield json.loads(line)
 
+    def has(self, name: str) -> bool:
+        return (self.path / name).is_file()
+
     def read(self, name: str) -> dict[str, Any]:
         """A JSON file; RunError if it is missing or damaged."""
         try:
@@ -185,13 +188,11 @@ class RunFolder:
         return checkpoints.latest(self.path / "checkpoints")
 
     def rewind(self, round: int) -> None:
-        """Drop the lines of later rounds, which a resumed run writes again."""
-        for name in ("metrics.jsonl", "clients.jsonl"):
-            if (self.path / name).exists():
-                aside = self.path / f".{name}"
-                with aside.open("w", encoding="utf-8") as file:
-                    file.writelines(json.dumps(line) + "\n" for line in self.lines(name) if line["round"] <= round)
-                aside.replace(self.path / name)
+        """Drop the lines of later rounds, which a resumed run writes again, and a line that was torn by a crash."""
+        for name in ("metrics.jsonl", "clients.jsonl", "log.jsonl"):
+            if self.has(name):
+                kept = [line for line in self.lines(name) if name == "log.jsonl" or line["round"] <= round]
+                write_whole(self.path / name, [(json.dumps(line) + "\n").encode() for line in kept])
 
 
 def list_runs(root: Path) -> list[RunFolder]:
@@ -199,6 +200,17 @@ def list_runs(root: Path) -> list[RunFolder]:
     if not root.is_dir():
         return []
     return [RunFolder(path) for path in sorted(root.iterdir()) if (path / "experiment.toml").is_file()]
+
+
+def _write_line(file: FileIO, data: bytes) -> None:
+    """The whole line or nothing of it."""
+    before = file.seek(0, os.SEEK_END)
+    try:
+        if file.write(data) < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError:
+        file.truncate(before)
+        raise
 
 
 def _columns(reports: Sequence[Report]) -> dict[str, list[Any]]:

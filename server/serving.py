@@ -7,18 +7,16 @@ import contextlib
 import errno
 import queue
 import socket
-import tempfile
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
 from grpc import aio
 
 from shoal.protos import fleet_pb2 as wire
-from shoal.protos.errors import ConnectionRefused, RunError
+from shoal.protos.errors import ConnectionRefused
 from shoal.protos.transport import SERVER, Address, Certificates
 from shoal.server.hub import Hub
 from shoal.server.orders import Event
@@ -34,15 +32,13 @@ PARTING = 2.0  # seconds for clients to hear the goodbye
 class Serving:
     """Listens from the moment it is made until :meth:`close`. :attr:`events` is all that comes back.
 
-    Answers on their way in lie in a folder below ``spool``; ``service`` answers the calls. ConnectionRefused if the
-    address cannot be had.
+    ``service`` answers the calls. ConnectionRefused if the address cannot be had.
     """
 
     def __init__(
         self,
         address: Address,
         certificates: Certificates | None,
-        spool: Path,
         *,
         heartbeat: float = 30.0,
         service: Callable[[Hub], grpc.GenericRpcHandler] = handlers,
@@ -50,12 +46,7 @@ class Serving:
         self.address, self._certificates, self._service = address, certificates, service
         _check_free(address)
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        try:
-            spool.mkdir(parents=True, exist_ok=True)
-            self._spool = tempfile.TemporaryDirectory(prefix=".spool-", dir=spool)
-        except OSError as error:
-            raise RunError(f"{str(spool)!r} cannot hold runs ({error.strerror}); give another folder") from error
-        self.hub = Hub(self.events.put, Path(self._spool.name), heartbeat)
+        self.hub = Hub(self.events.put, heartbeat)
         self._goodbye = (wire.Goodbye.COME_BACK, "the server stops")
         started: Future[int] = Future()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._main(started)), name="shoal-grpc", daemon=True)
@@ -64,7 +55,6 @@ class Serving:
             self.address = Address(address.host, started.result())
         except BaseException:
             self._thread.join()
-            self._spool.cleanup()
             raise
 
     async def _main(self, started: Future[int]) -> None:
@@ -108,7 +98,6 @@ class Serving:
         with contextlib.suppress(RuntimeError):  # the loop is closed
             self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join()
-        self._spool.cleanup()
 
 
 def _check_free(address: Address) -> None:

@@ -3,29 +3,47 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
-import secrets
+import shutil
 from pathlib import Path
 
 from shoal.protos import fleet_pb2 as wire
 from shoal.protos.errors import CodecError
 from shoal.protos.transport import check_chunk
 
-__all__ = ["Incoming"]
+__all__ = ["Incoming", "Torn"]
+
+SPARE = 2**24  # bytes beside the answer itself that must be free on the disk: checkpoint and log need room too
+
+
+class Torn(CodecError):
+    """Bytes that were here before this server was have suffered: they are to be sent again."""
 
 
 class Incoming:
-    """One answer's payload, as far as it has come, in a new file of ``folder``.
+    """One answer's payload in the file ``path``, as far as it has come; an answer without one needs no file.
 
-    The file is open only while a chunk is written: a thousand clients on their way need no thousand descriptors.
+    If the same answer was begun before, it goes on where it stopped: what was announced lies beside the payload. The
+    file is open only while a chunk is written: a thousand clients on their way need no thousand descriptors.
     """
 
-    def __init__(self, folder: Path, header: bytes, sha256: bytes, total: int) -> None:
-        self.path = folder / f"{secrets.token_hex(8)}.payload"
-        self.header, self.total, self.offset = header, total, 0
-        self._sha256, self._digest = sha256, hashlib.sha256()
-        self.path.touch(exist_ok=False)
+    def __init__(self, path: Path, header: bytes, sha256: bytes, total: int) -> None:
+        self.path, self.header, self.total, self.offset = path, header, total, 0
+        self._note = path.with_suffix(".header")
+        self._sha256 = sha256
         self._turn = asyncio.Lock()  # an old connection may still be sending when the new one goes on
+        self._digest: hashlib._Hash | None = hashlib.sha256()
+        if total and self._begun():
+            self.offset, self._digest = path.stat().st_size, None
+        elif total:
+            _check_room(path.parent, total)
+            path.write_bytes(b"")
+            self._note.write_bytes(header)
+
+    def _begun(self) -> bool:
+        found = self._note.is_file() and self.path.is_file() and self._note.read_bytes() == self.header
+        return found and 0 < self.path.stat().st_size <= self.total
 
     async def append(self, chunk: wire.Chunk) -> int:
         """The new offset; CodecError, and nothing taken, for a chunk that is damaged or not the next one."""
@@ -46,14 +64,26 @@ class Incoming:
                 file.write(data)
         except FileNotFoundError as error:
             raise CodecError("this answer is not wanted any more, or was begun anew; call Begin") from error
-        self._digest.update(data)
+        if self._digest is not None:
+            self._digest.update(data)
 
     def complete(self) -> None:
-        """CodecError if bytes are missing or are not those that were announced."""
+        """CodecError if bytes are missing or are not those that were announced; Torn if they may be sent again."""
         if self.offset != self.total:
             raise CodecError(f"{self.offset} of {self.total} bytes are here; send the others first")
-        if self._digest.digest() != self._sha256:
+        if self._digest is None:
+            with self.path.open("rb") as file:
+                if hashlib.file_digest(file, "sha256").digest() != self._sha256:
+                    raise Torn("what was here of the answer is damaged; send it again from its beginning")
+        elif self._digest.digest() != self._sha256:
             raise CodecError("the payload is not the one that was announced: its SHA-256 differs")
 
     def discard(self) -> None:
+        self._note.unlink(missing_ok=True)
         self.path.unlink(missing_ok=True)
+
+
+def _check_room(folder: Path, total: int) -> None:
+    """OSError before the disk is so full that nobody can go on."""
+    if shutil.disk_usage(folder).free < total + SPARE:
+        raise OSError(errno.ENOSPC, "No space left on device")

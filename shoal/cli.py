@@ -94,10 +94,12 @@ def server(
     force: Force = False,
     lease: Annotated[float, typer.Option(help="Seconds without a sign after which a client's task is lost.")] = 90.0,
     heartbeat: Annotated[float, typer.Option(help="Seconds between two signs of a client.")] = 30.0,
+    sync: Annotated[bool, typer.Option(help="Let receipts wait for the disk: no power cut loses an update.")] = True,
+    anew: Annotated[bool, typer.Option("--anew", help="Do not go on with what this command has begun.")] = False,
     out: Out = Path("runs"),
     as_json: AsJson = False,
 ) -> None:
-    """Run experiments on clients that connect."""
+    """Run experiments on clients that connect. The same command goes on with runs that have not finished."""
     from shoal.experiment import Experiment
     from shoal.protos.errors import ExperimentError
     from shoal.serve import Door, serve
@@ -106,8 +108,8 @@ def server(
     if not files:
         raise ExperimentError("there is nothing to serve; name at least one experiment file")
     loaded = [Experiment.from_file(file, overrides) for file in files]
-    door = Door(listen, None if tls is None else str(tls.resolve()), insecure, force, wait_for, lease, heartbeat)
-    runs = serve(loaded, door, out=out, progress="json" if as_json else "auto")
+    door = Door(listen, None if tls is None else str(tls.resolve()), insecure, force, wait_for, lease, heartbeat, sync)
+    runs = serve(loaded, door, out=out, progress="json" if as_json else "auto", anew=anew)
     raise typer.Exit(0 if all(run.status == "finished" for run in runs) and len(runs) == len(loaded) else 130)
 
 

@@ -25,7 +25,7 @@ from shoal.server.coordinator import Coordinator
 from shoal.server.fleet import Fleet
 from shoal.server.runs import RunFolder
 
-__all__ = ["Execution", "environment", "versions"]
+__all__ = ["Execution", "come_back", "environment", "versions"]
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,16 @@ class Execution:
             if status != "failed":
                 show.finished(Run(folder.path))
         return Run(folder.path)
+
+
+def come_back(composition: Composition, folder: RunFolder) -> Checkpoint:
+    """Where an earlier process left the run; what it recorded after that is dropped."""
+    point = folder.latest() or composition.start()
+    composition.check(point)
+    folder.rewind(point.round if point.round else -1)  # round 0, the initial model, is evaluated again
+    before = folder.read("env.json")["versions"]
+    folder.log("resumed", round=point.round, versions=versions(), same=before == versions())
+    return point
 
 
 @contextmanager

@@ -136,13 +136,17 @@ class Experiment:
         wait_for: int | None = None,
         lease: float = 90.0,
         out: str | Path = "runs",
+        anew: bool = False,
         progress: str = "auto",
     ) -> Run:
-        """Run it on the clients that call ``listen``; see ``shoal server --help`` for the arguments."""
+        """Run it on the clients that call ``listen``; see ``shoal server --help`` for the arguments.
+
+        A run of it that was begun at this address and has not finished goes on, unless ``anew``.
+        """
         from shoal.serve import Door, serve  # as above
 
         door = Door(listen, None if tls is None else str(tls), insecure, force, wait_for, lease)
-        return serve([self], door, out=Path(out), progress=progress)[0]
+        return serve([self], door, out=Path(out), progress=progress, anew=anew)[0]
 
     def make_model(self, data: FederatedData | None) -> _Maker:
         """The function that builds the module, with ``shape`` and ``classes`` filled in from the data, if there are."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -12,15 +13,18 @@ from typing import Any
 from urllib.parse import unquote
 
 from shoal.compose import Composition
-from shoal.execute import Execution, environment
+from shoal.docket import Docket
+from shoal.execute import Execution, come_back, environment
 from shoal.experiment import Experiment
 from shoal.progress import Display, display
 from shoal.protos.errors import ExperimentError
-from shoal.protos.transport import Address, check_exposure
+from shoal.protos.transport import Address, Certificates, check_exposure
 from shoal.run import Run
 from shoal.server.coordinator import Coordinator, updates_needed
 from shoal.server.fleet import Fleet
+from shoal.server.journal import Journal
 from shoal.server.orders import Event, Joined, Left
+from shoal.server.patience import Patience
 from shoal.server.remote import RemoteFleet, Terms
 from shoal.server.runs import RunFolder
 from shoal.server.serving import Serving
@@ -37,7 +41,7 @@ class Door:
 
     ``wait_for`` is how many must be connected before the first round (None: a cohort); ``lease`` how many seconds the
     server waits for a sign of a client that is gone. Clients give a sign every ``heartbeat`` seconds, and at least
-    three a lease.
+    three a lease. Without ``sync`` no receipt waits for the disk.
     """
 
     listen: str
@@ -47,18 +51,22 @@ class Door:
     wait_for: int | None = None
     lease: float = 90.0
     heartbeat: float = 30.0
+    sync: bool = True
 
     def __post_init__(self) -> None:
         for name in ("lease", "heartbeat"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ExperimentError(f"{name} is {getattr(self, name)}; it must be a number of seconds above 0")
 
-    def open(self, spool: Path) -> Serving:
-        """Listen; ConnectionRefused if that is not possible or not safe."""
+    def place(self) -> tuple[Address, Certificates | None]:
+        """Where to listen; ConnectionRefused if that is no address, or not safe."""
         address = Address.parse(self.listen)
-        tls = None if self.tls is None else Path(self.tls)
-        certificates = check_exposure(address, tls, self.insecure, self.force)
-        return Serving(address, certificates, spool, heartbeat=min(self.heartbeat, self.lease / 3))
+        return address, check_exposure(address, None if self.tls is None else Path(self.tls), self.insecure, self.force)
+
+    def open(self) -> Serving:
+        """Listen; ConnectionRefused if that is not possible."""
+        address, certificates = self.place()
+        return Serving(address, certificates, heartbeat=min(self.heartbeat, self.lease / 3))
 
     def clients_needed(self, experiment: Experiment) -> int:
         """How many clients to wait for; ExperimentError if so few could never make a round."""
@@ -69,47 +77,68 @@ class Door:
         return wanted
 
 
-def serve(experiments: Sequence[Experiment], door: Door, *, out: Path, progress: str) -> list[Run]:
+def serve(experiments: Sequence[Experiment], door: Door, *, out: Path, progress: str, anew: bool = False) -> list[Run]:
     """Run experiments one after the other on the clients that are connected; see :meth:`shoal.Experiment.serve`.
 
-    Everything is checked before the first client is let in. After an interrupt the experiments that are left are not
-    begun.
+    Everything is checked before the first client is let in. Called again after whatever ended it, it goes on with what
+    it had begun, unless ``anew``. After an interrupt the experiments that are left are not begun.
     """
+    door.place()
     # A round with devices is dearer than a checkpoint.
     compositions = [Composition(replace(experiment, checkpoint_every=1)) for experiment in experiments]
     for composition in compositions:
         composition.experiment.assignment(composition.data)
         door.clients_needed(composition.experiment)
+    texts = [composition.experiment.toml() for composition in compositions]
     runs, shows = list[Run](), [display(progress) for _ in compositions]
-    with _open(door, out) as serving:
-        for composition, show in zip(compositions, shows, strict=True):
-            with closing(RunFolder.create(out, composition.experiment.name)) as folder:
+    with closing(Docket(out, texts, door.listen, anew)) as docket, _open(door) as serving:
+        for number, (composition, show) in enumerate(zip(compositions, shows, strict=True)):
+            with closing(docket.folder(number, composition.experiment.name)) as folder:
                 folder.claim()
-                folder.write("experiment.toml", composition.experiment.toml())
-                name = secrets.token_hex(8)  # for its clients, who keep a state for each run
-                facts = {"run": name, "served": asdict(door) | {"listen": str(serving.address)}}
-                folder.write("env.json", environment(composition, "grpc", 0, None) | facts)
-                execution = _execution(composition, folder, serving, door, name, show)
-                runs.append(execution.run(composition.start()))
+                runs.append(_serve(composition, folder, serving, door, show))
             if runs[-1].status != "finished":
                 return runs
         serving.close(finished=True)
     return runs
 
 
+def _serve(composition: Composition, folder: RunFolder, serving: Serving, door: Door, show: Display) -> Run:
+    """One experiment, from its first round or from where an earlier process left it."""
+    if folder.has("summary.json") and Run(folder.path).status == "finished":
+        return Run(folder.path)
+    if folder.has("env.json"):
+        name = folder.read("env.json")["run"]
+        point = come_back(composition, folder)
+        show.note(f"going on with {folder.path} after round {point.round}; --anew begins another run")
+    else:
+        folder.write("experiment.toml", composition.experiment.toml())
+        name, point = secrets.token_hex(8), composition.start()
+        # The name is for clients, who keep a state for each run.
+        facts = {"run": name, "served": asdict(door) | {"listen": str(serving.address)}}
+        folder.write("env.json", environment(composition, "grpc", 0, None) | facts)
+    return _swept(_execution(composition, folder, serving, door, name, show).run(point))
+
+
+def _swept(run: Run) -> Run:
+    """A run that has finished has no round in progress."""
+    if run.status == "finished":
+        shutil.rmtree(run.path / "round", ignore_errors=True)
+    return run
+
+
 @contextmanager
 def served(composition: Composition, folder: RunFolder, recorded: dict[str, Any], show: Display) -> Iterator[Execution]:
     """A run that was served before, at the same address and with the same name to its clients."""
     door = Door(**recorded["served"])
-    with _open(door, folder.path.parent) as serving:
+    with _open(door) as serving:
         yield _execution(composition, folder, serving, door, recorded["run"], show)
-        if Run(folder.path).status == "finished":
+        if _swept(Run(folder.path)).status == "finished":
             serving.close(finished=True)
 
 
 @contextmanager
-def _open(door: Door, out: Path) -> Iterator[Serving]:
-    serving = door.open(out)
+def _open(door: Door) -> Iterator[Serving]:
+    serving = door.open()
     try:
         yield serving
     finally:
@@ -120,16 +149,20 @@ def _execution(
     composition: Composition, folder: RunFolder, serving: Serving, door: Door, run: str, show: Display
 ) -> Execution:
     needed, roster = door.clients_needed(composition.experiment), _Roster(folder, show)
+    folder.patience = Patience(show.note)
     fleets = list[RemoteFleet]()
 
     def make_fleet() -> Fleet:
         e, data = composition.experiment, composition.data
         terms = Terms(run, e.assignment(data).encode(), e.strategy, composition.initial, door.lease)
-        fleets.append(RemoteFleet(serving, terms, () if data is None else data.clients, roster.hear))
+        journal = Journal(folder.path / "round", door.sync)
+        names = () if data is None else data.clients
+        fleets.append(RemoteFleet(serving, terms, journal, names, roster.hear, folder.patience))
         return fleets[0]
 
     def ready(coordinator: Coordinator) -> None:
-        fleets[0].wait_for(needed, lambda present: show.waiting(present, needed), lambda: coordinator.stopping)
+        if fleets[0].recall(coordinator.point.round + 1) is None:  # a round that was begun goes on with who comes
+            fleets[0].wait_for(needed, lambda present: show.waiting(present, needed), lambda: coordinator.stopping)
         roster.quiet = len(fleets[0].reachable) > FEW
 
     way = "mutual TLS" if door.tls else "plain text"

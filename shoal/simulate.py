@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from shoal.client.process import cores
 from shoal.compose import Composition, Place
-from shoal.execute import Execution, environment, versions
+from shoal.execute import Execution, come_back, environment
 from shoal.experiment import UNNAMED, Experiment
 from shoal.progress import Display, display
 from shoal.protos.errors import ExperimentError, RunError
@@ -119,15 +119,12 @@ def _resume(folder: RunFolder, experiment: Experiment | None, rounds: int | None
     experiment = experiment if rounds is None else replace(experiment, rounds=rounds)
     _check_same(kept, experiment.toml())
     composition, recorded = Composition(experiment), folder.read("env.json")
-    point = folder.latest() or composition.start()
-    composition.check(point)
-    if point.round >= experiment.rounds:
-        raise RunError(f"{folder.path} has all its {point.round} rounds; make it longer with --rounds (rounds=…)")
+    done = folder.latest()
+    if done is not None and done.round >= experiment.rounds:
+        raise RunError(f"{folder.path} has all its {done.round} rounds; make it longer with --rounds (rounds=…)")
     with _again(composition, folder, recorded, show) as execution:
         folder.write("experiment.toml", experiment.toml())
-        folder.rewind(point.round if point.round else -1)  # round 0, the initial model, is evaluated again
-        folder.log("resumed", round=point.round, versions=versions(), same=recorded["versions"] == versions())
-        return execution.run(point)
+        return execution.run(come_back(composition, folder))
 
 
 def _again(

@@ -108,6 +108,9 @@ class SimulatedFleet:
     def reachable(self) -> Sequence[str]:
         return self.population
 
+    def recall(self, round: int) -> None:
+        """Nothing of a round outlives the process that simulates it."""
+
     def train(self, ask: Ask) -> Iterator[Part]:
         self._staged, self._round = {}, ask.context.round
         ends = None if ask.deadline is None else time.monotonic() + ask.deadline

@@ -18,6 +18,7 @@ from shoal.client.link import Link
 from shoal.protos import fleet_pb2 as wire
 from shoal.protos.transport import Address, Certificates
 from shoal.server.serving import Serving
+from tests.server.asking import journal_of, keep
 
 WAIT = 30.0  # seconds for what comes within moments
 PIECE = 2**14
@@ -126,12 +127,13 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
     open_ = list[Serving]()
 
     def make(certificates: Certificates | None = None, address: str = "127.0.0.1:0", **settings: Any) -> Serving:
-        open_.append(Serving(Address.parse(address), certificates, tmp_path / "runs", **settings))
-        return open_[-1]
+        open_.append(Serving(Address.parse(address), certificates, **settings))
+        return keep(open_[-1], tmp_path / f"round {len(open_)}")
 
     yield make
     for serving in open_:
         serving.close()
+        journal_of(serving).close()
 
 
 @pytest.fixture

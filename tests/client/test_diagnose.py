@@ -81,7 +81,7 @@ def serving(tmp_path: Path) -> Iterator[Open]:
 
     def start(folder: Path | None) -> Address:
         certificates = None if folder is None else Certificates.read(folder)
-        open_.append(Serving(Address("127.0.0.1", 0), certificates, tmp_path))
+        open_.append(Serving(Address("127.0.0.1", 0), certificates))
         return open_[-1].address
 
     yield start

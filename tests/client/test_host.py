@@ -25,6 +25,7 @@ from shoal.protos.messages import Kind, Task, Update
 from shoal.protos.transport import Address
 from shoal.server.orders import Answered, Blob, Failed, Order
 from shoal.server.serving import Serving
+from tests.server.asking import call, journal_of
 
 if TYPE_CHECKING:
     from tests.client.conftest import Serve
@@ -79,8 +80,8 @@ def ask(serving: Serving, task: Asked) -> str:
     """The task's nonce."""
     assignment, header, payload = task
     blob = Blob(content_of(header)[1], [memoryview(payload)])
-    order = Order("run", 3, Blob.of(assignment), header, blob, lambda *answer: None, 60.0)
-    return serving.call(serving.hub.ask, order, {"a": 0})["a"]
+    order = Order("run", 3, Blob.of(assignment), header, blob, lambda *answer: None, journal_of(serving), 60.0)
+    return call(serving, order, {"a": 0})["a"]
 
 
 async def event(serving: Serving, kind: type[E]) -> E:
@@ -115,7 +116,7 @@ async def test_an_answer_that_was_ready_before_a_restart_is_delivered_as_it_was(
         answered = await event(serving, Answered)
 
     assert answered.header == header
-    assert answered.path.read_bytes() == np.full(10, 7.0, np.float32).tobytes()
+    assert journal_of(serving).payload(answered.nonce).read_bytes() == np.full(10, 7.0, np.float32).tobytes()
 
 
 async def test_names_of_tasks_and_runs_never_become_other_files(serve: Serve, take_part: Join, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from shoal.server.hub import Hub
 from shoal.server.orders import Answered, Blob, Order
 from shoal.server.service import handlers
 from shoal.server.serving import Serving
+from tests.server.asking import call, journal_of
 
 if TYPE_CHECKING:
     from tests.client.conftest import Between, Connect, Serve
@@ -56,10 +57,11 @@ def ask(serving: Serving, payload: bytes = BIG, *clients: str, **changes: Any) -
         "header": b"a task",
         "payload": Blob.of(payload),
         "check": lambda client, content, header, payload: None,
+        "journal": journal_of(serving),
         "lease": 60.0,
     }
     order = Order(**(fields | changes))
-    serving.call(serving.hub.ask, order, dict.fromkeys(clients or ("a",), 0))
+    call(serving, order, dict.fromkeys(clients or ("a",), 0))
     return order
 
 
@@ -254,7 +256,7 @@ async def test_an_upload_goes_on_where_it_broke(
     events = [serving.events.get_nowait() for _ in range(serving.events.qsize())]
     taken = [event for event in events if isinstance(event, Answered)]
     assert receipt.status in (wire.Receipt.ACCEPTED, wire.Receipt.DUPLICATE)
-    assert [event.path.read_bytes() for event in taken] == [payload.read_bytes()]
+    assert [journal_of(serving).payload(event.nonce).read_bytes() for event in taken] == [payload.read_bytes()]
     assert network.broken == 4
     assert network.up < payload.stat().st_size + 3 * CHUNK
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import queue
+import sqlite3
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -19,6 +21,7 @@ from shoal.protos.fleet_pb2_grpc import FleetStub
 from shoal.protos.transport import CHANNEL, CHUNK, Address, Certificates
 from shoal.server.orders import Event
 from shoal.server.serving import Serving
+from tests.server.asking import journal_of, keep
 
 WAIT = 10.0  # seconds for what comes within milliseconds
 E = TypeVar("E")
@@ -152,12 +155,13 @@ def serve(tmp_path: Path, errors: list[str]) -> Iterator[Serve]:
     def make(
         address: str = "127.0.0.1:0", certificates: Certificates | None = None, heartbeat: float = 30.0
     ) -> Serving:
-        open_.append(Serving(Address.parse(address), certificates, tmp_path / "runs", heartbeat=heartbeat))
-        return open_[-1]
+        open_.append(Serving(Address.parse(address), certificates, heartbeat=heartbeat))
+        return keep(open_[-1], tmp_path / f"round {len(open_)}")
 
     yield make
     for serving in open_:
         serving.close()
+        journal_of(serving).close()
 
 
 @pytest.fixture
@@ -197,5 +201,13 @@ def event() -> Callable[[Serving, type[E]], E]:
 
 @pytest.fixture
 def spool(tmp_path: Path) -> Callable[[], list[str]]:
-    """``spool()``: the answers that lie on disk."""
-    return lambda: [path.name for path in tmp_path.glob("runs/.spool-*/*")]
+    """``spool()``: the tasks of which bytes lie on disk although no answer was taken."""
+
+    def look() -> list[str]:
+        taken = set[str]()
+        for file in tmp_path.glob("round */journal.sqlite"):
+            with closing(sqlite3.connect(file)) as journal:
+                taken |= {nonce for (nonce,) in journal.execute("SELECT nonce FROM task WHERE taken NOT NULL")}
+        return sorted({path.stem for path in tmp_path.glob("round */*.payload")} - taken)
+
+    return look

@@ -33,6 +33,10 @@ class MadeUp:
         self.population = self.reachable = [str(i) for i in range(clients)]
         self.failing, self.asks, self.settled = failing, list[Ask](), list[list[str]]()
         self.note: Mapping[str, int] = {}
+        self.begun: dict[int, tuple[Sequence[str], int]] = {}
+
+    def recall(self, round: int) -> tuple[Sequence[str], int] | None:
+        return self.begun.get(round)
 
     def train(self, ask: Ask) -> Iterator[Part]:
         self.asks.append(ask)
@@ -133,6 +137,16 @@ def test_a_resumed_run_ends_where_an_undisturbed_one_does() -> None:
 
     assert torch.equal(vector(coordinator.run().state, "parameters"), vector(whole.state, "parameters"))
     assert [round.number for round in witness.rounds] == [3, 4, 5]
+
+
+def test_a_round_that_was_begun_goes_on_with_whom_it_had_asked() -> None:
+    fleet = MadeUp(10)
+    fleet.begun[2] = ["7", "2", "9", "4"], 12
+    made(fleet)[0].run()
+
+    assert fleet.asks[1].cohort == ["7", "2", "9", "4"]
+    assert (fleet.asks[1].context.population, len(fleet.settled[1])) == (12, 4)
+    assert fleet.asks[2].context.population == 10
 
 
 def test_a_failure_within_the_quorum_is_recorded_and_the_round_goes_on() -> None:

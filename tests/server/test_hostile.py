@@ -22,8 +22,10 @@ from shoal.protos.codec import encode
 from shoal.protos.messages import Update
 from shoal.protos.transport import CHUNK, SERVICE
 from shoal.server.orders import Blob, Order
+from tests.server.asking import call, journal_of
 
 if TYPE_CHECKING:
+    from shoal.server.serving import Serving
     from tests.server.conftest import Join, Peer, Serve
 
 WAIT = 10.0
@@ -41,11 +43,11 @@ fuzzing = settings(
 )
 
 
-def an_order(size: int) -> Order:
+def an_order(serving: Serving, size: int) -> Order:
     def check(client: str, content: str, header: bytes, payload: memoryview | None) -> None:
         return
 
-    return Order("run", 1, Blob.of(b"{}"), b"a task", Blob.of(bytes(size)), check, lease=60.0)
+    return Order("run", 1, Blob.of(b"{}"), b"a task", Blob.of(bytes(size)), check, journal_of(serving), lease=60.0)
 
 
 @st.composite
@@ -71,8 +73,8 @@ def test_damaged_messages_get_a_status_and_the_server_serves_on(serve: Serve, jo
     @fuzzing
     @given(st.data())
     def fuzz(data: st.DataObject) -> None:
-        order = an_order(CHUNK)
-        nonce = serving.call(serving.hub.ask, order, {"a": 0})["a"]
+        order = an_order(serving, CHUNK)
+        nonce = call(serving, order, {"a": 0})["a"]
         codes = {ended(call) for call in _calls(peer, nonce, order, lambda message: data.draw(mutated(message)))}
         serving.call(serving.hub.end, order, "over")
 
@@ -80,8 +82,8 @@ def test_damaged_messages_get_a_status_and_the_server_serves_on(serve: Serve, jo
 
     fuzz()
     peer.beat()
-    order = an_order(1)
-    nonce = serving.call(serving.hub.ask, order, {"a": 0})["a"]
+    order = an_order(serving, 1)
+    nonce = call(serving, order, {"a": 0})["a"]
     assert peer.answer(nonce, Update(np.zeros(4), 1)).status == wire.Receipt.ACCEPTED
 
 
@@ -126,8 +128,8 @@ def test_a_client_that_hangs_up_anywhere_leaves_no_trace(serve: Serve, join: Joi
     """Also not in the log: a handler that is cancelled is none that raised."""
     serving = serve()
     peer = join(serving)
-    order = an_order(8 * CHUNK)
-    nonce = serving.call(serving.hub.ask, order, {"a": 0})["a"]
+    order = an_order(serving, 8 * CHUNK)
+    nonce = call(serving, order, {"a": 0})["a"]
     header, buffers = encode(Update(np.zeros(2**19), 1))
     payload = b"".join(buffers)
     for round in range(20):
@@ -152,8 +154,10 @@ def test_a_client_that_hangs_up_anywhere_leaves_no_trace(serve: Serve, join: Joi
 CROWD = 100
 MEASURED = f"""
 import json, pathlib, sys, tempfile
+from shoal.protos.messages import Kind
 from shoal.protos.transport import Address
-from shoal.server.orders import Answered, Blob, Order
+from shoal.server.journal import Journal
+from shoal.server.orders import Answered, Blob, Call, Order
 from shoal.server.serving import Serving
 
 def peak():
@@ -161,9 +165,11 @@ def peak():
     return int(line.split()[1]) * 1024
 
 with tempfile.TemporaryDirectory() as folder:
-    serving = Serving(Address("127.0.0.1", 0), None, pathlib.Path(folder))
-    order = Order("run", 1, Blob.of(b"{{}}"), b"a task", Blob.of(b""), lambda *_: None, lease=60.0)
-    nonces = serving.call(serving.hub.ask, order, {{str(number): 0 for number in range({CROWD})}})
+    serving = Serving(Address("127.0.0.1", 0), None)
+    journal, names = Journal(pathlib.Path(folder)), [str(number) for number in range({CROWD})]
+    order = Order("run", 1, Blob.of(b"{{}}"), b"a task", Blob.of(b""), lambda *_: None, journal, lease=60.0)
+    nonces = dict(zip(names, journal.open(1, Kind.TRAIN, names, {CROWD}).nonces))
+    serving.call(serving.hub.ask, order, [Call(nonce, name) for name, nonce in nonces.items()])
     print(json.dumps([str(serving.address), nonces]), flush=True)
     sys.stdin.readline()
     before, taken = peak(), 0

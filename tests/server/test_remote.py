@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import queue
+import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -21,6 +23,7 @@ from shoal.protos.messages import Failure, Kind, Measurement, Update
 from shoal.protos.parameters import Entry, Layout, Parameters, Segment
 from shoal.server.coordinator import Coordinator, Plan, start
 from shoal.server.fleet import Ask, Part, Report
+from shoal.server.journal import Journal
 from shoal.server.orders import Event, Joined, Left
 from shoal.server.remote import RemoteFleet, Terms
 from shoal.server.serving import Serving
@@ -28,6 +31,7 @@ from shoal.strategies.base import Context
 from shoal.strategies.fedavg import FedAvg
 from shoal.strategies.selectors import Uniform
 from shoal.strategies.sums import Carried, Contribution, LeafSum, contribute
+from tests.server.asking import journal_of
 
 if TYPE_CHECKING:
     from tests.server.conftest import Join, Peer, Serve
@@ -101,9 +105,10 @@ def bits(found: Contribution | None) -> Any:
 class House:
     """A fleet behind a real server, whose rounds run in a thread."""
 
-    def __init__(self, serving: Serving, pool: ThreadPoolExecutor) -> None:
+    def __init__(self, serving: Serving, pool: ThreadPoolExecutor, journal: Journal | None = None) -> None:
         self.serving, self._pool, self.heard = serving, pool, list[Event]()
-        self.fleet = RemoteFleet(serving, Terms("run", b"{}", STRATEGY, INITIAL, lease=30.0), (), self.heard.append)
+        terms = Terms("run", b"{}", STRATEGY, INITIAL, lease=30.0)
+        self.fleet = RemoteFleet(serving, terms, journal or journal_of(serving), (), self.heard.append)
 
     def train(self, ask: Ask) -> Future[list[Part]]:
         return self._pool.submit(lambda: list(self.fleet.train(ask)))
@@ -403,7 +408,7 @@ def test_a_round_that_is_given_up_at_its_end_leaves_no_file(house: House, join: 
 
 def test_clients_stand_in_the_order_of_the_data_and_then_by_name(serve: Serve, join: Join) -> None:
     serving = serve()
-    fleet = RemoteFleet(serving, Terms("run", b"{}", STRATEGY, INITIAL), ["z", "absent", "b"])
+    fleet = RemoteFleet(serving, Terms("run", b"{}", STRATEGY, INITIAL), journal_of(serving), ["z", "absent", "b"])
     fleet.restore({"before": 1})
     peers = [join(serving, name) for name in ("c", "b", "a", "z")]
 
@@ -444,3 +449,72 @@ def test_reachable_clients_are_asked_first(house: House, join: Join) -> None:
         for name in "ac":
             peers[name].answer(peers[name].hear("offer").nonce, an_update())
         assert running.result(WAIT).round == 1
+
+
+# --- a server that is killed and comes back ---------------------------------------------------------------------------
+
+
+def test_a_round_goes_on_after_its_server_with_what_was_taken(serve: Serve, join: Join, tmp_path: Path) -> None:
+    ask, folder = an_ask(list("abc")), tmp_path / "kept"
+    with ThreadPoolExecutor(2) as pool:
+        first = House(serve(), pool, Journal(folder))
+        rounds = [first.train(ask)]
+        peers = {name: join(first.serving, name) for name in "abc"}
+        nonces = {name: peer.hear("offer").nonce for name, peer in peers.items()}
+        peers["c"].answer(nonces["c"], an_update(2))
+        header, buffers = encode(an_update(0))
+        payload = b"".join(buffers)
+        peers["a"].begin(nonces["a"], header)
+        peers["a"].upload(nonces["a"], payload[:7])
+        copied = Path(shutil.copytree(folder, tmp_path / "after"))  # what a kill leaves at this instant
+        for name, number in (("a", 0), ("b", 1)):
+            peers[name].answer(nonces[name], an_update(number))
+
+        second = House(serve(), pool, Journal(copied))
+        assert second.fleet.recall(1) == (list("abc"), 3)
+        rounds.append(second.train(ask))
+        peers = {name: join(second.serving, name) for name in "abc"}
+        offers = {name: peers[name].hear("offer").nonce for name in "ab"}
+        begun = [peers[name].begin(nonces[name], header) for name in "ac"]
+        receipt = peers["c"].commit(nonces["c"])
+        for name, number in (("a", 0), ("b", 1)):
+            assert peers[name].answer(nonces[name], an_update(number)).status == wire.Receipt.ACCEPTED
+        sums = [bits(total(round.result(WAIT))) for round in rounds]
+        for house in (first, second):
+            house.fleet.close()
+
+    assert offers == {name: nonces[name] for name in "ab"}
+    assert (begun, receipt.status) == ([7, len(payload)], wire.Receipt.DUPLICATE)
+    assert sums == [bits(summed(ask, {number: an_update(number) for number in range(3)}))] * 2
+
+
+def test_who_was_there_has_a_leases_time_to_come_back(
+    serve: Serve, join: Join, event: Callable[[Serving, type[Left]], Left], tmp_path: Path
+) -> None:
+    journal = Journal(tmp_path / "kept")
+    journal.open(1, Kind.TRAIN, ["a"], 3, ["a", "b"])
+    with ThreadPoolExecutor(1) as pool:
+        fleet = (house := House(serve(), pool, journal)).fleet
+        join(house.serving, "c")
+        assert (fleet.reachable, fleet.population) == (["a", "b", "c"], ["a", "b", "c"])
+        join(house.serving, "a").leave()
+        event(house.serving, Left)
+        assert (fleet.reachable, fleet.population) == (["b", "c"], ["a", "b", "c"])
+        fleet.close()
+
+
+def test_bytes_that_a_power_cut_has_damaged_are_sent_again(serve: Serve, join: Join, tmp_path: Path) -> None:
+    ask, journal = an_ask(["a"]), Journal(tmp_path / "kept")
+    header, _ = encode(an_update(0))
+    (nonce,) = journal.open(1, Kind.TRAIN, ["a"], 1).nonces
+    journal.payload(nonce).write_bytes(bytes(11))
+    journal.payload(nonce).with_suffix(".header").write_bytes(header)
+    with ThreadPoolExecutor(1) as pool:
+        house = House(serve(), pool, journal)
+        round, peer = house.train(ask), join(house.serving)
+        with pytest.raises(grpc.RpcError, match="send it again from its beginning"):
+            peer.answer(nonce, an_update(0))
+        assert peer.begin(nonce, header) == 0
+        assert peer.answer(nonce, an_update(0)).status == wire.Receipt.ACCEPTED
+        assert bits(total(round.result(WAIT))) == bits(summed(ask, {0: an_update(0)}))
+        house.fleet.close()

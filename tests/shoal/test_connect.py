@@ -176,7 +176,7 @@ def test_a_state_folder_that_cannot_be_written(run: Shoal, place: Path) -> None:
 @pytest.mark.slow
 def test_a_client_that_waits_is_small_and_leaves_nobody_behind(start: Start, shards: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("import torch\ndef net(): return torch.nn.Linear(1, 1)\n")
-    with closing(Serving(Address("127.0.0.1", 0), None, tmp_path / "runs")) as server:
+    with closing(Serving(Address("127.0.0.1", 0), None)) as server:
         words = ["--data", shards / "site%2F0.npz", "--state", "state", "--allow", "mine.py:net"]
         client = start("client", "--connect", server.address, "--insecure", *words)
         client.wait_for("site/0  connected to 127.0.0.1")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -221,3 +222,34 @@ def test_code_that_the_owner_did_not_allow_is_not_run(start: Start, shards: Path
     assert "asks for 'gated.py:Gated', which the client's owner did not allow" in server.text
     assert "--allow gated.py:Gated" in server.text
     hosted.end()
+
+
+@pytest.mark.slow
+def test_a_server_killed_in_a_round_and_started_again_goes_on_with_it(start: Start, shards: Path) -> None:
+    path = write(shards.parent, "scaffold", rounds=4, more=GATE)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        listen = f"127.0.0.1:{free.getsockname()[1]}"
+    command = ("server", path, "--listen", listen, "--insecure", "--heartbeat", 1)
+    server = start(*command)
+    clients = {name: join(start, server, shards / f"{name}.npz", "--allow", "gated.py:Gated") for name in CLIENTS}
+    for name, words in {"a": "round 2: update delivered", "b": "at the gate", "c": "round 2: update delivered"}.items():
+        clients[name].wait_for(words)
+    twin = start(*command)
+    assert twin.wait() == 2
+    assert f"another server runs these experiments at {listen}" in twin.text
+    server.kill()
+    taken = list(Path("runs/0001-tiny/round").glob("*.payload"))
+    again = start(*command)
+    again.wait_for("going on with runs/0001-tiny after round 1")
+    clients["b"].wait_for("connected", times=2)
+    (shards.parent / "gate").open("w").close()
+
+    assert [process.wait() for process in (again, *clients.values())] == [0, 0, 0, 0], again.text
+    gate = os.open("gate", os.O_RDWR)
+    expected = simulated(path)
+    os.close(gate)
+    assert bits(shoal.Run("runs/1")) == bits(expected)
+    assert len(taken) == 2
+    assert clients["a"].text.count("round 2: update delivered") == 1  # and was not asked for again
+    assert [path.name for path in Path("runs").iterdir() if path.is_dir()] == ["0001-tiny"]
+    assert not Path("runs/0001-tiny/round").exists()

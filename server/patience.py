@@ -1,0 +1,43 @@
+"""A full or failing disk is no end: what cannot be written now is written when it can be."""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+__all__ = ["Patience", "at_once"]
+
+T = TypeVar("T")
+PASSING = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS})
+PAUSE = 1.0  # seconds between two attempts
+
+
+def at_once(write: Callable[[], T]) -> T:
+    """No patience: a disk that is full is an error."""
+    return write()
+
+
+class Patience:
+    """Called with what writes, it tries until the disk takes it. ``tell`` hears when it begins and ends to wait."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self._tell = tell
+
+    def __call__(self, write: Callable[[], T]) -> T:
+        waited = False
+        while True:
+            try:
+                done = write()
+            except OSError as error:
+                if error.errno not in PASSING:
+                    raise
+                if not waited:
+                    self._tell(f"the disk takes no more ({error}); nothing is lost, the run goes on when it does")
+                waited = True
+                time.sleep(PAUSE)
+            else:
+                if waited:
+                    self._tell("the disk takes what is written again")
+                return done

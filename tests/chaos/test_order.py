@@ -1,0 +1,87 @@
+"""A receipt leaves when its answer is on the disk: bytes, then their name, then the journal's row, then the receipt."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.chaos.stage import Stage
+from tests.chaos.world import World
+
+WORLD = replace(World.draw(random.Random(0), small=True), rounds=2, clients_every=0)
+STRACE = shutil.which("strace")
+
+
+async def served(folder: Path, **watched: Any) -> Stage:
+    """A run of two rounds, to its end."""
+    WORLD.prepare(folder)
+    stage = Stage(WORLD, folder, random.Random(0), patience=90, **watched)
+    try:
+        await stage.open()
+        await stage.finish()
+    finally:
+        await stage.close()
+    stage.trace.look()
+    return stage
+
+
+def receipts(events: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """Where in the trace the receipt of each task went to gRPC."""
+    return {event["nonce"]: place for place, event in enumerate(events) if event["point"] == "receipt"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_bytes_folder_journal_and_receipt_come_in_this_order(tmp_path: Path) -> None:
+    events = asyncio.run(served(tmp_path, order=True)).trace.events
+    found = receipts(events)
+
+    assert len(found) == WORLD.rounds * WORLD.sites
+    for nonce, receipt in found.items():
+        before = events[:receipt]
+        taken = next(place for place, e in enumerate(before) if e["point"] == "taken" and e["nonce"] == nonce)
+        synced = next(place for place, e in enumerate(before) if _path(e).endswith(f"/round/{nonce}.payload"))
+        mine = [e for e in before[synced:taken] if e.get("thread") == before[synced]["thread"]]
+        assert [(e["point"], _path(e).rpartition("/")[2]) for e in mine] == [
+            ("fsync", f"{nonce}.payload"),
+            ("fsync", "round"),
+            ("commit", ""),
+        ]
+
+
+def _path(event: Mapping[str, Any]) -> str:
+    return str(event.get("path", ""))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(STRACE is None, reason="strace is not installed")
+def test_the_system_is_asked_to_sync_the_journal_before_each_receipt(tmp_path: Path) -> None:
+    log = tmp_path / "calls"
+    traced = (str(STRACE), "-D", "-f", "-y", "-qq", "-s", "400", "-e", "trace=fsync,fdatasync,write", "-o", str(log))
+    events = asyncio.run(served(tmp_path, under=traced)).trace.events
+    calls = log.read_text().splitlines()
+
+    assert len(receipts(events)) == WORLD.rounds * WORLD.sites
+    for nonce in receipts(events):
+        payload = _first(calls, rf"f(data)?sync\(\d+<.*/round/{nonce}\.payload>")
+        folder = _first(calls, r"f(data)?sync\(\d+<.*/round>", payload)
+        journal = _first(calls, r"f(data)?sync\(\d+<.*/journal\.sqlite-wal>", folder)
+        receipt = _first(calls, rf"write\(.*receipt.*{nonce}")
+        assert payload < folder < journal < receipt
+
+
+def _first(calls: Sequence[str], pattern: str, after: int = 0) -> int:
+    """The line of the first such call from there on, as the system ended it."""
+    for place in range(after, len(calls)):
+        if re.search(pattern, calls[place]):
+            return place
+    raise AssertionError(f"no call like {pattern}")
