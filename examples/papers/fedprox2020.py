@@ -1,15 +1,17 @@
 """Li et al. 2020 (MLSys, arXiv 1812.06127), Figures 1 and 2: FedProx on Synthetic(α, β) with stragglers.
 
-30 devices, 10 a round, logistic regression, lr 0.01, B = 10, E = 20, 200 rounds; a straggler makes 1 to 19 epochs.
-FedAvg drops stragglers, FedProx keeps what they did. The published data cannot be drawn again (no seed was set) and the
-draw moves the accuracy by more than the method does, so there are five draws; the mean over devices stands beside the
-mean over examples, of which one device may hold most.
+30 devices, 10 a round, logistic regression, lr 0.01, B = 10, E = 20; a straggler makes 1 to 19 epochs. FedAvg drops
+stragglers, FedProx keeps what they did. 100 of the paper's 200 rounds, with none and with 90 % stragglers. The published
+data cannot be drawn again (no seed was set) and the draw moves the accuracy by more than the method does, so there are
+five draws: the first five in which the devices have at most 10,000 examples together (in others one device alone has
+tens of thousands, and would take a day). The mean over devices stands beside the mean over examples.
 
-    python examples/papers/fedprox2020.py            # some hours on two cores
+    python examples/papers/fedprox2020.py            # an hour or two
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ from page import publish, spread, table
 import shoal
 from shoal.strategies.base import Context, Mine, Sent, State, Strategy, Terms, Trainer, Update, number, vector
 
-DRAWS, ROUNDS, EPOCHS, BATCH = range(5), 200, 20, 10
+DRAWS, MOST, ROUNDS, EPOCHS, BATCH = 5, 10_000, 100, 20, 10
 
 
 def synthetic(alpha: float, beta: float, draw: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -65,6 +67,12 @@ METHODS: dict[str, Strategy] = {
 SETS = {"(0, 0)": (0.0, 0.0), "(0.5, 0.5)": (0.5, 0.5), "(1, 1)": (1.0, 1.0)}
 
 
+def draws(alpha: float, beta: float) -> list[dict[str, tuple[np.ndarray, np.ndarray]]]:
+    made = (synthetic(alpha, beta, draw) for draw in itertools.count())
+    small = (devices for devices in made if sum(len(y) for _, y in devices.values()) <= MOST)
+    return list(itertools.islice(small, DRAWS))
+
+
 def run(devices: Mapping[str, Any], strategy: Strategy, stragglers: float, draw: int) -> tuple[float, float]:
     """Accuracy on all test examples, and its mean over devices, in percent."""
     experiment = shoal.Experiment(
@@ -78,7 +86,7 @@ def run(devices: Mapping[str, Any], strategy: Strategy, stragglers: float, draw:
         cohort=10,
         seed=draw,
     )
-    last = experiment.simulate(progress="none").metrics.iloc[-1]
+    last = experiment.simulate(workers=0, progress="none").metrics.iloc[-1]
     found = 100 * last["clients_accuracy_weighted"], 100 * last["clients_accuracy"]
     if not all(map(math.isfinite, found)):
         raise SystemExit(f"no accuracy: {last}")
@@ -88,9 +96,9 @@ def run(devices: Mapping[str, Any], strategy: Strategy, stragglers: float, draw:
 def main() -> None:
     rows = []
     for name, (alpha, beta) in SETS.items():
-        draws = [synthetic(alpha, beta, draw) for draw in DRAWS]
-        for stragglers in (0.0, 0.5, 0.9):
-            found = {m: [run(d, s, stragglers, i) for i, d in enumerate(draws)] for m, s in METHODS.items()}
+        drawn = draws(alpha, beta)
+        for stragglers in (0.0, 0.9):
+            found = {m: [run(d, s, stragglers, i) for i, d in enumerate(drawn)] for m, s in METHODS.items()}
             cells = [f"{spread([a for a, _ in pairs])} / {spread([b for _, b in pairs])}" for pairs in found.values()]
             rows.append([f"{name}, {stragglers:.0%} stragglers", *cells])
             print(rows[-1], flush=True)
