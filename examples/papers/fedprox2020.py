@@ -2,9 +2,9 @@
 
 30 devices, 10 a round, logistic regression, lr 0.01, B = 10, E = 20; a straggler makes 1 to 19 epochs. FedAvg drops
 stragglers, FedProx keeps what they did. 100 of the paper's 200 rounds, with none and with 90 % stragglers. The
-published data cannot be drawn again (no seed was set) and the draw moves the accuracy by more than the method does, so there are
-five draws: the first five in which the devices have at most 10,000 examples together (in others one device alone has
-tens of thousands, and would take a day). The mean over devices stands beside the mean over examples.
+published data cannot be drawn again (no seed was set) and the draw moves the accuracy by more than the method does, so
+there are five draws: the first five in which the devices have at most 10,000 examples together (in others one device
+alone has tens of thousands, and would take a day). The mean over devices stands beside the mean over examples.
 
     python examples/papers/fedprox2020.py            # an hour or two
 """
