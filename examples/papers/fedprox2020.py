@@ -101,7 +101,9 @@ def main() -> None:
             # With no straggler there is nobody to drop, so that the first two methods are one.
             methods = METHODS if stragglers else {m: s for m, s in METHODS.items() if s != Dropping()}
             found = {m: [run(d, s, stragglers, i) for i, d in enumerate(drawn)] for m, s in methods.items()}
-            cells = [" / ".join(map(spread, zip(*found[m], strict=True))) if m in found else "as μ = 0" for m in METHODS]
+            cells = [
+                " / ".join(map(spread, zip(*found[m], strict=True))) if m in found else "as μ = 0" for m in METHODS
+            ]
             rows.append([f"{name}, {stragglers:.0%} stragglers", *cells])
             publish("fedprox2020", table(["Synthetic(α, β)", *METHODS], rows))  # row by row: it takes hours
 
