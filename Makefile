@@ -7,7 +7,7 @@ PROTOC := -I shoal/protos=protos --python_out=.types --mypy_out=quiet:.types \
 	--grpc_python_out=.types --mypy_grpc_out=quiet:.types shoal/protos/fleet.proto
 
 .PHONY: help demo test check protos docs papers bench bench-peers bench-service bench-strategies \
-	chaos clean
+	chaos fuzz clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -63,6 +63,10 @@ MINUTES ?= 30
 SEED ?= 1
 chaos: .venv/.dev ## kill and disturb real servers and clients, and write docs/reliability.md; MINUTES=30 SEED=1
 	$(BIN)/python -m tests.chaos.driver --minutes $(MINUTES) --seed $(SEED) --publish
+
+fuzz: .venv/.dev ## try to break every decoder and every call with wrong input; MINUTES=30
+	$(BIN)/pip install -q --disable-pip-version-check atheris
+	$(BIN)/python -m tests.fuzz.campaign --minutes $(MINUTES) --publish
 
 clean: ## remove the environment and everything generated
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache *.egg-info
