@@ -119,12 +119,17 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Failure:
-    """A client that did not deliver: why, in one sentence, and its own traceback where its code raised."""
+    """A client that did not deliver: why, in one sentence, and its own traceback where its code raised.
+
+    ``kind`` does not cross: ``"failed"`` is what a client tells of itself; a server also knows ``"rejected"`` (what it
+    sent must not be counted), ``"lost"`` (its lease ended) and ``"late"`` (the deadline came).
+    """
 
     client: str
     round: int
     reason: str
     traceback: str = ""
+    kind: str = "failed"
 
 
 def check_update(

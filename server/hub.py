@@ -29,6 +29,7 @@ from shoal.server.orders import (
     Joined,
     Left,
     Order,
+    Refused,
     Session,
 )
 from shoal.server.spool import Incoming, Torn
@@ -36,7 +37,7 @@ from shoal.server.spool import Incoming, Torn
 __all__ = ["Hub"]
 
 MISSED = 3  # heartbeats, after which a connection is taken for dead
-LONGEST = 20_000  # characters of a client's traceback that are kept
+SENTENCE, LONGEST = 2_000, 20_000  # characters of a reason and of a client's traceback that are kept
 QUEUED = 64  # replies to one client: a client that does not read gets no more heartbeats
 
 
@@ -63,6 +64,7 @@ class Hub:
         version = _common_version(hello)
         _check_name(hello.client)
         if self.known.setdefault(hello.client, identity) != identity:
+            self._tell(Refused(hello.client, peer, identity))
             raise Denied(
                 "PERMISSION_DENIED",
                 f"client {hello.client!r} belongs to the certificate of {self.known[hello.client]!r}, not of "
@@ -86,7 +88,7 @@ class Hub:
             if assigned.client == session.client and assigned.committing is None:
                 session.send(assigned.offer())
         if before is None or before.instance != hello.instance:
-            self._tell(Joined(session.client, peer))
+            self._tell(Joined(session.client, peer, identity))
         return session
 
     def leave(self, session: Session, reason: str) -> None:
@@ -130,9 +132,9 @@ class Hub:
                 continue
             silent = now - max(assigned.since, self._seen.get(assigned.client, 0.0))
             if assigned.order.ends is not None and now >= assigned.order.ends:
-                self._fail(assigned, f"client {assigned.client!r} did not answer before the deadline")
+                self._fail(assigned, f"client {assigned.client!r} did not answer before the deadline", "late")
             elif silent > assigned.order.lease:
-                self._fail(assigned, f"client {assigned.client!r} was lost: no sign of it for {silent:.0f} s")
+                self._fail(assigned, f"client {assigned.client!r} was lost: no sign of it for {silent:.0f} s", "lost")
 
     def close(self, reason: str, advice: wire.Goodbye.Advice.ValueType) -> None:
         """Say goodbye to everybody."""
@@ -161,10 +163,10 @@ class Hub:
             self._forget(assigned)
         self._blobs.pop(order.payload.sha256, None)
 
-    def _fail(self, assigned: Assigned, reason: str) -> None:
+    def _fail(self, assigned: Assigned, reason: str, kind: str) -> None:
         self._withdraw(assigned, reason)
         self._forget(assigned)
-        self._tell(Failed(assigned.nonce, Failure(assigned.client, assigned.order.round, reason)))
+        self._tell(Failed(assigned.nonce, _failure(assigned, reason, kind=kind)))
 
     def _withdraw(self, assigned: Assigned, reason: str) -> None:
         session = self._present.get(assigned.client)
@@ -199,7 +201,7 @@ class Hub:
             else:
                 assigned.order.check(assigned.client, content, header, None)
         except (CodecError, InvalidUpdate) as error:
-            self._fail(assigned, str(error))
+            self._fail(assigned, str(error), "rejected")
             raise Denied("INVALID_ARGUMENT", str(error)) from error
         before, assigned.incoming = assigned.incoming, None
         if before is not None:
@@ -233,20 +235,21 @@ class Hub:
         try:
             failure = await asyncio.to_thread(_examine, assigned, incoming)
             if failure is None and assigned.nonce in self._open:
-                await asyncio.to_thread(assigned.order.journal.take, assigned.nonce, incoming.header)
+                identity = self.known[assigned.client]
+                await asyncio.to_thread(assigned.order.journal.take, assigned.nonce, incoming.header, identity)
         except Torn as error:
             assigned.committing = assigned.incoming = None
             incoming.discard()
             raise Denied("ABORTED", str(error)) from error
         except (CodecError, InvalidUpdate) as error:
-            failure = Failure(assigned.client, assigned.order.round, str(error))
+            failure = _failure(assigned, str(error), kind="rejected")
             receipt = wire.Receipt(status=wire.Receipt.REJECTED, reason=str(error))
         except OSError:  # the disk: the client may commit again
             assigned.committing = None
             raise
         except Exception as error:  # a defect of ours must not keep the round waiting for this answer
             reason = f"the server cannot examine the answer of client {assigned.client!r}: {error!r}"
-            failure = Failure(assigned.client, assigned.order.round, reason, traceback.format_exc())
+            failure = _failure(assigned, reason, traceback.format_exc(), "rejected")
             receipt = wire.Receipt(status=wire.Receipt.REJECTED, reason=reason)
         if assigned.nonce not in self._open:  # the order has ended meanwhile
             incoming.discard()
@@ -272,10 +275,15 @@ def _examine(assigned: Assigned, incoming: Incoming) -> Failure | None:
     content, _, _ = content_of(incoming.header)
     if content == "failure":
         told = decode_failure(incoming.header)
-        return Failure(assigned.client, assigned.order.round, told.reason[:LONGEST], told.traceback[-LONGEST:])
+        return _failure(assigned, told.reason, told.traceback)
     payload = mapped(incoming.path) if incoming.total else memoryview(b"")
     assigned.order.check(assigned.client, content, incoming.header, payload)
     return None
+
+
+def _failure(assigned: Assigned, reason: str, told: str = "", kind: str = "failed") -> Failure:
+    """No longer than a line of the log may be, whatever names or words of a client are in it."""
+    return Failure(assigned.client, assigned.order.round, reason[:SENTENCE], told[-LONGEST:], kind)
 
 
 def _over(nonce: str) -> str:

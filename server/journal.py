@@ -20,7 +20,7 @@ import sqlite3
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from shoal.protos.codec import content_of
@@ -35,7 +35,7 @@ CREATE TABLE IF NOT EXISTS asked (
     round INTEGER, kind TEXT, cohort TEXT, population INTEGER, present TEXT, PRIMARY KEY (round, kind)
 );
 CREATE TABLE IF NOT EXISTS task (
-    nonce TEXT PRIMARY KEY, round INTEGER, kind TEXT, place INTEGER, header BLOB, taken INTEGER
+    nonce TEXT PRIMARY KEY, round INTEGER, kind TEXT, place INTEGER, header BLOB, taken INTEGER, identity TEXT
 );
 """
 
@@ -44,13 +44,15 @@ CREATE TABLE IF NOT EXISTS task (
 class Asked:
     """What a round asked of whom: ``nonces`` in the order of the ``cohort``, chosen among ``population`` clients.
 
-    ``taken`` has the headers of the answers that are taken, by nonce, the first one first.
+    ``taken`` has the headers of the answers that are taken, by nonce, the first one first; ``proven`` the identities
+    of the clients that gave them.
     """
 
     cohort: Sequence[str]
     population: int
     nonces: Sequence[str]
     taken: Mapping[str, bytes]
+    proven: Mapping[str, str] = field(default_factory=dict)
 
 
 class Journal:
@@ -68,6 +70,7 @@ class Journal:
             self._database.execute("PRAGMA journal_mode = WAL")
             self._database.execute(f"PRAGMA synchronous = {'FULL' if sync else 'OFF'}")
             self._database.executescript(TABLES)
+            self._database.execute("SELECT identity FROM task LIMIT 0")  # an earlier version's journal has none
             self._drop_files()
             sync_folder(folder)
             sync_folder(folder.parent)
@@ -79,10 +82,7 @@ class Journal:
         return self.folder / f"{nonce}.payload"
 
     def recall(self, round: int, kind: Kind) -> Asked | None:
-        """What was asked before this process was; None if nothing was.
-
-        An answer whose bytes are not what they were is not among those taken: its client is asked again.
-        """
+        """What was asked, with all answers that were ever taken; None if nothing was. No payload is read."""
         with self._transaction() as database:
             asked = database.execute(
                 "SELECT cohort, population FROM asked WHERE round = ? AND kind = ?", (round, kind)
@@ -90,11 +90,13 @@ class Journal:
             if asked is None:
                 return None
             rows = database.execute(
-                "SELECT nonce, header, taken FROM task WHERE round = ? AND kind = ? ORDER BY place", (round, kind)
+                "SELECT nonce, header, taken, identity FROM task WHERE round = ? AND kind = ? ORDER BY place",
+                (round, kind),
             ).fetchall()
-        answers = sorted((taken, nonce, header) for nonce, header, taken in rows if taken is not None)
-        taken = {nonce: header for _, nonce, header in answers if self._is_whole(nonce, header)}
-        return Asked(json.loads(asked[0]), asked[1], [nonce for nonce, _, _ in rows], taken)
+        answers = sorted((taken, nonce, header, proven) for nonce, header, taken, proven in rows if taken is not None)
+        taken = {nonce: header for _, nonce, header, _ in answers}
+        proven = {nonce: identity for _, nonce, _, identity in answers}
+        return Asked(json.loads(asked[0]), asked[1], [row[0] for row in rows], taken, proven)
 
     def present(self) -> Sequence[str]:
         """Who was connected when somebody was last asked."""
@@ -105,28 +107,35 @@ class Journal:
     def open(
         self, round: int, kind: Kind, cohort: Sequence[str], population: int, present: Sequence[str] = ()
     ) -> Asked:
-        """Before anybody is asked: what was asked already, or this under new nonces; ``present`` are connected."""
+        """Before anybody is asked: what was asked already, or this under new nonces; ``present`` are connected.
+
+        An answer whose bytes are not what they were is not among those taken: its client is asked again.
+        """
         found = self.recall(round, kind)
         if found is not None:
-            return found
+            whole = {nonce: header for nonce, header in found.taken.items() if self._is_whole(nonce, header)}
+            return replace(found, taken=whole)
         nonces = [secrets.token_hex(8) for _ in cohort]
         with self._transaction() as database:
             row = (round, kind, json.dumps(list(cohort)), population, json.dumps(list(present)))
             database.execute("INSERT INTO asked VALUES (?, ?, ?, ?, ?)", row)
             rows = [(nonce, round, kind, place) for place, nonce in enumerate(nonces)]
-            database.executemany("INSERT INTO task VALUES (?, ?, ?, ?, NULL, NULL)", rows)
+            database.executemany("INSERT INTO task VALUES (?, ?, ?, ?, NULL, NULL, NULL)", rows)
         return Asked(list(cohort), population, nonces, {})
 
-    def take(self, nonce: str, header: bytes) -> None:
-        """The answer is whole and right: keep it for good. The receipt may go when this returns."""
+    def take(self, nonce: str, header: bytes, identity: str = "") -> None:
+        """The answer is whole and right: keep it for good. The receipt may go when this returns.
+
+        ``identity`` is what its client has proven to be.
+        """
         payload = self.payload(nonce)
         if self._sync and content_of(header)[2]:
             sync_file(payload)
             sync_folder(self.folder)
         with self._transaction() as database:
             database.execute(
-                "UPDATE task SET header = ?, taken = (SELECT 1 + count(taken) FROM task) WHERE nonce = ?",
-                (header, nonce),
+                "UPDATE task SET header = ?, identity = ?, taken = (SELECT 1 + count(taken) FROM task) WHERE nonce = ?",
+                (header, identity, nonce),
             )
 
     def forget(self, but: int) -> None:

@@ -13,7 +13,20 @@ from shoal.protos.messages import Failure
 from shoal.server.journal import Journal
 from shoal.server.spool import Incoming
 
-__all__ = ["Answered", "Assigned", "Blob", "Call", "Denied", "Event", "Failed", "Joined", "Left", "Order", "Session"]
+__all__ = [
+    "Answered",
+    "Assigned",
+    "Blob",
+    "Call",
+    "Denied",
+    "Event",
+    "Failed",
+    "Joined",
+    "Left",
+    "Order",
+    "Refused",
+    "Session",
+]
 
 
 class Denied(ShoalError):
@@ -43,6 +56,7 @@ class Failed:
 class Joined:
     client: str
     peer: str
+    identity: str = ""
 
 
 @dataclass(frozen=True)
@@ -51,7 +65,16 @@ class Left:
     reason: str
 
 
-Event = Answered | Failed | Joined | Left
+@dataclass(frozen=True)
+class Refused:
+    """One who came under a name that is another's."""
+
+    client: str
+    peer: str
+    identity: str
+
+
+Event = Answered | Failed | Joined | Left | Refused
 
 
 @dataclass(frozen=True)

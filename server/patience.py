@@ -20,24 +20,30 @@ def at_once(write: Callable[[], T]) -> T:
 
 
 class Patience:
-    """Called with what writes, it tries until the disk takes it. ``tell`` hears when it begins and ends to wait."""
+    """Called with what writes, it tries until the disk takes it. ``tell`` hears when it begins and ends to wait.
 
-    def __init__(self, tell: Callable[[str], None]) -> None:
-        self._tell = tell
+    ``record`` gets it for the log when it is over (before, the log could not be written): why the disk refused, and for
+    how many seconds.
+    """
+
+    def __init__(self, tell: Callable[[str], None], record: Callable[[str, float], None] = lambda why, s: None) -> None:
+        self._tell, self._record = tell, record
 
     def __call__(self, write: Callable[[], T]) -> T:
-        waited = False
+        waited: float | None = None
+        why = ""
         while True:
             try:
                 done = write()
             except OSError as error:
                 if error.errno not in PASSING:
                     raise
-                if not waited:
+                if waited is None:
+                    waited, why = time.monotonic(), str(error)
                     self._tell(f"the disk takes no more ({error}); nothing is lost, the run goes on when it does")
-                waited = True
                 time.sleep(PAUSE)
             else:
-                if waited:
+                if waited is not None:
                     self._tell("the disk takes what is written again")
+                    self._record(why, time.monotonic() - waited)
                 return done

@@ -33,7 +33,7 @@ from shoal.server.serving import Serving
 from shoal.strategies.base import Strategy
 from shoal.strategies.sums import contribute
 
-__all__ = ["RemoteFleet", "Terms"]
+__all__ = ["Member", "RemoteFleet", "Terms"]
 
 PATIENCE = 1.0  # seconds between two words about clients that come
 LOOK = 0.2  # seconds between two looks whether to stop, where nothing happens
@@ -49,6 +49,16 @@ class Terms:
     strategy: Strategy
     initial: Parameters[Tensor]
     lease: float = 90.0
+
+
+@dataclass(frozen=True)
+class Member:
+    """One of a round's cohort. ``header`` is its answer's, if one was taken; ``identity`` is ``""`` without TLS."""
+
+    client: str
+    nonce: str
+    identity: str
+    header: bytes | None
 
 
 class RemoteFleet:
@@ -109,6 +119,17 @@ class RemoteFleet:
     def recall(self, round: int) -> tuple[Sequence[str], int] | None:
         asked = self._journal.recall(round, Kind.TRAIN)
         return None if asked is None else (asked.cohort, asked.population)
+
+    def members(self, round: int) -> Sequence[Member]:
+        """The cohort that was asked to train in a round of which the journal still knows, in its order."""
+        asked = self._journal.recall(round, Kind.TRAIN)
+        if asked is None:
+            return []
+        known, taken = self._serving.call(lambda: dict(self._serving.hub.known)), asked.taken
+        return [
+            Member(client, nonce, asked.proven.get(nonce, known.get(client, "")), taken.get(nonce))
+            for client, nonce in zip(asked.cohort, asked.nonces, strict=True)
+        ]
 
     def train(self, ask: Ask) -> Iterator[Part]:
         self._round = ask.context.round
@@ -209,7 +230,8 @@ class RemoteFleet:
             update = decode_update(answer.header, payload, verify=False).map(_to_tensor)
             total = contribute(self._terms.strategy, ask.state, update, ask.context)
         except ShoalError as error:
-            return Part(position, None, (), [Failure(answer.client, ask.context.round, str(error))])
+            failure = Failure(answer.client, ask.context.round, str(error), kind="rejected")
+            return Part(position, None, (), [failure])
         down, up = order.payload.content.total_bytes, content_of(answer.header)[2]
         return Part(position, total, [Report.of(answer.client, update, down, up)])
 

@@ -8,7 +8,8 @@ clients.jsonl      lines of columns: who took part in a round, with what numbers
 checkpoints/       the newest two states (safetensors and JSON)
 states.sqlite      what simulated clients keep between rounds, if they do (:mod:`shoal.simulations.states`)
 summary.json       status and last numbers
-log.jsonl          events with their time
+log.jsonl          events with their time, no more than a disk can hold (:mod:`shoal.server.log`)
+audit.jsonl        of a served run: whose updates each round counted, chained (:mod:`shoal.server.audit`)
 round/             of a served run: what the round in progress has so far (:mod:`shoal.server.journal`)
 .lock              held by the one process that writes
 =================  =====================================================================================
@@ -18,24 +19,25 @@ Lines are appended and flushed; a run that is resumed drops the lines of rounds 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
 import os
 import re
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
 from typing import IO, Any
 
 from shoal.protos.errors import RunError
-from shoal.protos.files import locked, write_whole
+from shoal.protos.files import locked, sync_folder, write_whole
 from shoal.protos.messages import Failure
 from shoal.server import checkpoints
 from shoal.server.checkpoints import Checkpoint
 from shoal.server.coordinator import Round
 from shoal.server.fleet import Report
+from shoal.server.log import Log
 from shoal.server.patience import at_once
 
 __all__ = ["RunFolder", "list_runs", "plain"]
@@ -53,12 +55,16 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path, self.patience = path, at_once
+        self._log = Log(lambda line: self._append("log.jsonl", line))
         self._files: dict[str, FileIO] = {}
         self._lock: IO[str] | None = None
 
     @classmethod
-    def create(cls, root: Path, name: str) -> RunFolder:
-        """A new folder with the next number; safe when several runs start at once."""
+    def create(cls, root: Path, name: str, announce: Callable[[Path], None] = lambda path: None) -> RunFolder:
+        """A new folder with the next number; safe when several runs start at once.
+
+        ``announce`` hears which one is tried, before it is there.
+        """
         try:
             root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -69,6 +75,7 @@ class RunFolder:
         while True:
             taken = [int(m[1]) for p in root.iterdir() if (m := NUMBERED.match(p.name))]
             path = root / f"{max(taken, default=0) + 1:04d}-{slug}"
+            announce(path)
             try:
                 path.mkdir()
             except FileExistsError:
@@ -119,16 +126,24 @@ class RunFolder:
         text = content if isinstance(content, str) else json.dumps(plain(content), indent=2) + "\n"
         self.patience(lambda: write_whole(self.path / name, [text.encode()]))
 
+    def append_synced(self, name: str, line: bytes) -> None:
+        """A line that is on the disk when this returns."""
+        self.patience(lambda: _write_line(self._opened(name), line, sync=True))
+        self.patience(lambda: sync_folder(self.path))
+
     def on_round(self, round: Round) -> None:
         self._append("metrics.jsonl", {"round": round.number, **round.numbers})
         if round.reports or round.failures:
             failed = [{"client": f.client, "reason": f.reason} for f in round.failures]
             line = {"round": round.number, "kind": "train", **_columns(round.reports)}
             self._append("clients.jsonl", line | ({"failed": failed} if failed else {}))
+        if round.number:
+            told = {name: round.numbers[name] for name in ("counted", "failed", "seconds") if name in round.numbers}
+            self.log("round", round=round.number, **told)
 
     def on_failure(self, failure: Failure) -> None:
         event = {"client": failure.client, "round": failure.round, "reason": failure.reason}
-        self.log("client failed", **event, **({"traceback": failure.traceback} if failure.traceback else {}))
+        self.log(failure.kind, **event, **({"traceback": failure.traceback} if failure.traceback else {}))
 
     def on_answers(self, round: int, answered: int, asked: int) -> None:
         return
@@ -142,18 +157,23 @@ class RunFolder:
             os.fsync(file.fileno())
         self.patience(lambda: checkpoints.write(self.path / "checkpoints", checkpoint))
 
-    def log(self, event: str, **fields: object) -> None:
-        """One event with the time of day (UTC)."""
-        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        self._append("log.jsonl", {"time": now, "event": event, **fields})
+    def log(self, kind: str, **fields: object) -> None:
+        """One event with the time of day (UTC), unless its ``client`` has had its ration."""
+        self._log.write(kind, **fields)
 
     def _append(self, name: str, line: Mapping[str, Any]) -> None:
+        data = (json.dumps(plain(line)) + "\n").encode()
+        self.patience(lambda: _write_line(self._opened(name), data))
+
+    def _opened(self, name: str) -> FileIO:
         if name not in self._files:
             self._files[name] = (self.path / name).open("ab", buffering=0)
-        data = (json.dumps(plain(line)) + "\n").encode()
-        self.patience(lambda: _write_line(self._files[name], data))
+        return self._files[name]
 
     def close(self) -> None:
+        self.patience = at_once  # a disk that is full must not keep the process
+        with contextlib.suppress(OSError):
+            self._log.close()
         for file in self._files.values():
             os.fsync(file.fileno())
             file.close()
@@ -189,10 +209,12 @@ class RunFolder:
 
     def rewind(self, round: int) -> None:
         """Drop the lines of later rounds, which a resumed run writes again, and a line that was torn by a crash."""
-        for name in ("metrics.jsonl", "clients.jsonl", "log.jsonl"):
+        for name in ("metrics.jsonl", "clients.jsonl", "audit.jsonl", "log.jsonl"):
             if self.has(name):
-                kept = [line for line in self.lines(name) if name == "log.jsonl" or line["round"] <= round]
-                write_whole(self.path / name, [(json.dumps(line) + "\n").encode() for line in kept])
+                with (self.path / name).open("rb") as file:
+                    whole = (line for line in file if line.endswith(b"\n"))
+                    kept = (line for line in whole if name == "log.jsonl" or not _is_later(line, round))
+                    write_whole(self.path / name, kept)
 
 
 def list_runs(root: Path) -> list[RunFolder]:
@@ -202,15 +224,25 @@ def list_runs(root: Path) -> list[RunFolder]:
     return [RunFolder(path) for path in sorted(root.iterdir()) if (path / "experiment.toml").is_file()]
 
 
-def _write_line(file: FileIO, data: bytes) -> None:
+def _write_line(file: FileIO, data: bytes, sync: bool = False) -> None:
     """The whole line or nothing of it."""
     before = file.seek(0, os.SEEK_END)
     try:
         if file.write(data) < len(data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if sync:
+            os.fsync(file.fileno())
     except OSError:
         file.truncate(before)
         raise
+
+
+def _is_later(line: bytes, round: int) -> bool:
+    """A line that somebody has damaged stays as it is, for whoever reads it to find."""
+    try:
+        return bool(json.loads(line)["round"] > round)
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def _columns(reports: Sequence[Report]) -> dict[str, list[Any]]:

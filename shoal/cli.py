@@ -210,6 +210,36 @@ def runs(out: Out = Path("runs"), as_json: AsJson = False) -> None:
 
 
 @app.command()
+def audit(
+    run: Annotated[Path, typer.Argument(help="The folder of a served run, or runs/7 for runs/0007-name.")],
+    kept: Annotated[
+        str | None, typer.Option(metavar="SHA256", help="What an earlier check gave as the last line's.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check who contributed to a served run: no line of its audit log was changed. Exit code 1 if one was."""
+    import dataclasses
+
+    from shoal.audit import audit as check
+
+    found = check(run, kept)
+    if as_json:
+        print(json.dumps(dataclasses.asdict(found)))
+    else:
+        covered = (
+            f"{found.rounds} rounds, {found.clients} clients, {found.counted} updates counted, "
+            f"{found.not_counted} not counted"
+        )
+        print(f"{found.run}: {covered}")
+        if found.problem is None:
+            print("every line fits the one before, and the last checkpoint holds the model that they end with")
+            print(f"last line: {found.last or 'none'}")
+        else:
+            print(f"{found.problem}\nwhat is said above ends before it")
+    raise typer.Exit(0 if found.problem is None else 1)
+
+
+@app.command()
 def strategies(as_json: AsJson = False) -> None:
     """List the strategies: family, hyper-parameters with their defaults, rule, costs, source."""
     import dataclasses

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ class Docket:
     def __init__(self, out: Path, experiments: Sequence[str], listen: str, anew: bool = False) -> None:
         self._out = out
         name = hashlib.sha256("\0".join([listen, *experiments]).encode()).hexdigest()[:16]
-        self._path = out / f".serving-{name}"
+        self._path, self._announced = out / f".serving-{name}", out / f".serving-{name}.making"
         try:
             out.mkdir(parents=True, exist_ok=True)
             lock = locked(out / f".serving-{name}.lock")
@@ -37,15 +38,27 @@ class Docket:
         done = len(self._names) == len(experiments) and all(map(self._finished, range(len(experiments))))
         if anew or done:
             self._names = []
+        self._sweep()
 
     def folder(self, number: int, name: str) -> RunFolder:
         """The folder of the experiment of this number: the one that it had, or a new one."""
         if number < len(self._names) and (self._out / self._names[number]).is_dir():
             return RunFolder(self._out / self._names[number])
-        folder = RunFolder.create(self._out, name)
+        folder = RunFolder.create(self._out, name, self._announce)
         self._names[number:] = [folder.path.name]
         write_whole(self._path, ["".join(f"{name}\n" for name in self._names).encode()])
+        self._announced.unlink()
         return folder
+
+    def _announce(self, path: Path) -> None:
+        write_whole(self._announced, [path.name.encode()])
+
+    def _sweep(self) -> None:
+        """Remove the folder that an earlier process made and had no time to write down: it is empty."""
+        if self._announced.exists():
+            with contextlib.suppress(OSError):  # it was not made, or is another process's, which has begun to fill it
+                (self._out / self._announced.read_text(encoding="utf-8")).rmdir()
+            self._announced.unlink()
 
     def _finished(self, number: int) -> bool:
         folder = RunFolder(self._out / self._names[number])

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -21,7 +21,7 @@ from shoal.progress import Display, Opening
 from shoal.protos.parameters import Segment
 from shoal.run import Run, summarise
 from shoal.server.checkpoints import Checkpoint
-from shoal.server.coordinator import Coordinator
+from shoal.server.coordinator import Coordinator, Observer
 from shoal.server.fleet import Fleet
 from shoal.server.runs import RunFolder
 
@@ -33,8 +33,9 @@ class Execution:
     """How a run is to be executed.
 
     ``engine``, ``population`` and ``shards`` are what is shown of the clients. ``ready`` is called before the first
-    round and returns when it may begin. ``grace`` is how many seconds a round gets to end after an interrupt; None:
-    any time.
+    round and returns when it may begin. ``watch`` makes those who are told of everything before folder and display
+    are, given the value from which the run goes on. ``grace`` is how many seconds a round gets to end after an
+    interrupt; None: any time.
     """
 
     composition: Composition
@@ -45,6 +46,7 @@ class Execution:
     make_fleet: Callable[[], Fleet]
     shards: Mapping[str, float] = field(default_factory=dict)
     ready: Callable[[Coordinator], None] = lambda coordinator: None
+    watch: Callable[[Checkpoint], Sequence[Observer]] = lambda point: ()
     grace: float | None = None
 
     def run(self, point: Checkpoint) -> Run:
@@ -58,7 +60,7 @@ class Execution:
             show.starting(opening)
             with closing(self.make_fleet()) as fleet:
                 fleet.keep_in(folder.path)
-                coordinator = self.composition.coordinator(fleet, point, [folder, show])
+                coordinator = self.composition.coordinator(fleet, point, [*self.watch(point), folder, show])
                 try:
                     with _interruptible(coordinator, show, self.grace):
                         self.ready(coordinator)

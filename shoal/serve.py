@@ -20,10 +20,12 @@ from shoal.progress import Display, display
 from shoal.protos.errors import ExperimentError
 from shoal.protos.transport import Address, Certificates, check_exposure
 from shoal.run import Run
-from shoal.server.coordinator import Coordinator, updates_needed
+from shoal.server.audit import Audit
+from shoal.server.checkpoints import Checkpoint
+from shoal.server.coordinator import Coordinator, Observer, updates_needed
 from shoal.server.fleet import Fleet
 from shoal.server.journal import Journal
-from shoal.server.orders import Event, Joined, Left
+from shoal.server.orders import Event, Joined, Left, Refused
 from shoal.server.patience import Patience
 from shoal.server.remote import RemoteFleet, Terms
 from shoal.server.runs import RunFolder
@@ -149,7 +151,7 @@ def _execution(
     composition: Composition, folder: RunFolder, serving: Serving, door: Door, run: str, show: Display
 ) -> Execution:
     needed, roster = door.clients_needed(composition.experiment), _Roster(folder, show)
-    folder.patience = Patience(show.note)
+    folder.patience = Patience(show.note, lambda why, seconds: folder.log("disk refused", reason=why, seconds=seconds))
     fleets = list[RemoteFleet]()
 
     def make_fleet() -> Fleet:
@@ -165,9 +167,12 @@ def _execution(
             fleets[0].wait_for(needed, lambda present: show.waiting(present, needed), lambda: coordinator.stopping)
         roster.quiet = len(fleets[0].reachable) > FEW
 
+    def watch(point: Checkpoint) -> Sequence[Observer]:
+        return [Audit(folder, run, point, fleets[0].members)]
+
     way = "mutual TLS" if door.tls else "plain text"
     engine = f"clients over gRPC at {serving.address}, {way}"
-    return Execution(composition, folder, show, engine, needed, make_fleet, ready=ready, grace=GRACE)
+    return Execution(composition, folder, show, engine, needed, make_fleet, ready=ready, watch=watch, grace=GRACE)
 
 
 def _address(peer: str) -> str:
@@ -183,11 +188,14 @@ class _Roster:
 
     def hear(self, event: Event) -> None:
         if isinstance(event, Joined):
-            self._folder.log("client joined", client=event.client, peer=event.peer)
+            self._folder.log("joined", client=event.client, peer=event.peer, identity=event.identity or None)
             self._note(f"client {event.client!r} joined from {_address(event.peer)}")
         elif isinstance(event, Left):
-            self._folder.log("client left", client=event.client, reason=event.reason)
+            self._folder.log("left", client=event.client, reason=event.reason)
             self._note(f"client {event.client!r} left: {event.reason}")
+        elif isinstance(event, Refused):
+            self._folder.log("refused", client=event.client, peer=event.peer, identity=event.identity or None)
+            self._note(f"{event.identity!r} at {_address(event.peer)} is refused: client {event.client!r} is another's")
 
     def _note(self, text: str) -> None:
         if not self.quiet:
