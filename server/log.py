@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Log", "Rate", "now"]
+__all__ = ["ALL", "EACH", "Log", "Rate", "now"]
 
 NAMED = 10  # clients that a line about lines left out names
 MANY = 4096  # purses, from which on those that are full again are dropped

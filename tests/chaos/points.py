@@ -98,6 +98,7 @@ POINTS = (
     Point("settled", S, f"{REMOTE}:RemoteFleet.settle", "clients' states count, the model is not yet replaced"),
     Point("evaluated", S, "shoal.server.coordinator:Coordinator._evaluate_point", "evaluated, nothing is written"),
     Point("recorded", S, "shoal.server.runs:RunFolder.on_round", "the metrics are written", notes=_round),
+    Point("audited", S, "shoal.server.audit:Audit.on_checkpoint", "the audit line is on the disk, no checkpoint is"),
     Point("written", S, f"{KEPT}:write_synced", "a checkpoint's files are there, aside", only=_is("state.json")),
     Point("renamed", S, f"{KEPT}:sync_folder", "the checkpoint has its name, unsynced", before=True),
     Point("kept", S, f"{KEPT}:write", "the checkpoint is on the disk, the journal still has its round"),

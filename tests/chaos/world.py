@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 import shoal
+from shoal.audit import audit
 from shoal.server.runs import RunFolder
 from shoal.split import split
 
@@ -151,6 +152,7 @@ def differences(world: World, served: Path, reference: Path) -> Iterator[str]:
     yield from _compared("clients' numbers", [_shown(line) for line in _trained(served)], list(_trained(reference)))
     yield from _counted_once(world, served)
     yield from _evaluations(served, reference)
+    yield from _audited(served)
 
 
 def _compared(what: str, found: list[Any], expected: list[Any]) -> Iterator[str]:
@@ -183,6 +185,18 @@ def _counted_once(world: World, served: Path) -> Iterator[str]:
         told = [*line["client"], *(failed["client"] for failed in line.get("failed", []))]
         if sorted(told) != world.names:
             yield f"round {line['round']} has {told}"
+
+
+def _audited(served: Path) -> Iterator[str]:
+    """The audit log fits, and says of each round what was recorded of it."""
+    account = audit(served)
+    if account.problem is not None:
+        yield f"the audit log: {account.problem}"
+        return
+    lines = RunFolder(served).lines("audit.jsonl")
+    found = [[(c["client"], c["examples"]) for c in line["clients"] if "examples" in c] for line in lines]
+    if found != [list(zip(line["client"], line["examples"], strict=True)) for line in _trained(served)]:
+        yield "the audit log counts other updates than were recorded"
 
 
 def _evaluations(served: Path, reference: Path) -> Iterator[str]:

@@ -21,7 +21,7 @@ from shoal.protos.fleet_pb2_grpc import FleetStub
 from shoal.protos.transport import CHANNEL, CHUNK, Address, Certificates
 from shoal.server.orders import Event
 from shoal.server.serving import Serving
-from tests.server.asking import journal_of, keep
+from tests.server.asking import BIG, ask, journal_of, keep
 
 WAIT = 10.0  # seconds for what comes within milliseconds
 E = TypeVar("E")
@@ -211,3 +211,14 @@ def spool(tmp_path: Path) -> Callable[[], list[str]]:
         return sorted({path.stem for path in tmp_path.glob("round */*.payload")} - taken)
 
     return look
+
+
+@pytest.fixture
+def begun(serve: Serve, join: Join) -> tuple[Serving, Peer, str]:
+    """A client that has announced a large answer."""
+    serving = serve()
+    peer = join(serving)
+    ask(serving)
+    nonce = peer.hear("offer").nonce
+    assert peer.begin(nonce, BIG[0]) == 0
+    return serving, peer, nonce

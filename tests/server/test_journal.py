@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -75,9 +76,41 @@ def test_an_answer_that_the_disk_has_lost_is_asked_for_again(reopen: Open, damag
     for nonce in nonces:
         take(journal, nonce)
     damage(journal.payload(nonces[0]))
+
+    assert list(reopen().open(1, Kind.TRAIN, [], 0).taken) == [nonces[1]]
+
+
+def test_payloads_are_read_once_and_only_when_the_round_goes_on(reopen: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = reopen()
+    nonces = journal.open(1, Kind.TRAIN, ["a", "b"], 2).nonces
+    for nonce in nonces:
+        take(journal, nonce)
+    read = list[object]()
+    digest = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, name: [read.append(file), digest(file, name)][1])
+    again = reopen()
+
+    assert again.recall(1, Kind.TRAIN) == again.recall(1, Kind.TRAIN)
+    assert read == []
+    assert again.open(1, Kind.TRAIN, [], 0) == again.recall(1, Kind.TRAIN)
+    assert len(read) == 2
+
+
+def test_who_an_answer_was_proven_to_be_of_is_kept_with_it(reopen: Open) -> None:
+    journal = reopen()
+    nonces = journal.open(1, Kind.TRAIN, ["a", "b"], 2).nonces
+    journal.payload(nonces[1]).write_bytes(PAYLOAD)
+    journal.take(nonces[1], HEADER, "CN of b")
     found = reopen().recall(1, Kind.TRAIN)
 
-    assert found is not None and list(found.taken) == [nonces[1]]
+    assert found is not None and found.proven == {nonces[1]: "CN of b"}
+
+
+def test_a_journal_of_an_earlier_version_says_what_to_do(reopen: Open) -> None:
+    journal = reopen()
+    journal._database.execute("ALTER TABLE task DROP COLUMN identity")
+    with pytest.raises(RunError, match="delete that folder to begin the round in progress anew"):
+        reopen()
 
 
 def test_an_answer_without_tensors_needs_no_file(reopen: Open) -> None:

@@ -25,7 +25,7 @@ from shoal.server.coordinator import Coordinator, Plan, start
 from shoal.server.fleet import Ask, Part, Report
 from shoal.server.journal import Journal
 from shoal.server.orders import Event, Joined, Left
-from shoal.server.remote import RemoteFleet, Terms
+from shoal.server.remote import Member, RemoteFleet, Terms
 from shoal.server.serving import Serving
 from shoal.strategies.base import Context
 from shoal.strategies.fedavg import FedAvg
@@ -472,6 +472,10 @@ def test_a_round_goes_on_after_its_server_with_what_was_taken(serve: Serve, join
 
         second = House(serve(), pool, Journal(copied))
         assert second.fleet.recall(1) == (list("abc"), 3)
+        c = encode(an_update(2))[0]
+        members = [Member(name, nonces[name], "", c if name == "c" else None) for name in "abc"]
+        assert second.fleet.members(1) == members
+        assert second.fleet.members(2) == []
         rounds.append(second.train(ask))
         peers = {name: join(second.serving, name) for name in "abc"}
         offers = {name: peers[name].hear("offer").nonce for name in "ab"}

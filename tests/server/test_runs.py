@@ -66,7 +66,7 @@ def test_a_failure_is_logged_with_its_traceback(tmp_path: Path) -> None:
     folder.close()
     line = next(folder.lines("log.jsonl"))
 
-    assert (line["event"], line["client"], line["traceback"]) == ("client failed", "c", "Traceback …")
+    assert (line["kind"], line["client"], line["round"], line["traceback"]) == ("failed", "c", 2, "Traceback …")
 
 
 def test_rewind_drops_later_rounds_and_torn_lines(tmp_path: Path) -> None:
@@ -76,9 +76,13 @@ def test_rewind_drops_later_rounds_and_torn_lines(tmp_path: Path) -> None:
     folder.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"round": 5, "x"')
+    lines = [b'{"round":  1}\n', b'{"round": 2, damaged}\n', b'{"round": 3}\n']
+    (tmp_path / "audit.jsonl").write_bytes(b"".join(lines))
     folder.rewind(2)
 
     assert [line["round"] for line in folder.lines("metrics.jsonl")] == [0, 1, 2]
+    assert (tmp_path / "audit.jsonl").read_bytes() == lines[0] + lines[1]  # as they were, for who checks them
+    assert [line["round"] for line in folder.lines("log.jsonl")] == [1, 2, 3, 4]  # everything that happened
 
 
 def test_whole_files_are_replaced_at_once(tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ from cryptography.x509.oid import NameOID
 
 from shoal.protos.errors import ConnectionRefused
 from shoal.protos.transport import Certificates
+from shoal.server.orders import Joined, Refused
+from tests.server.asking import an_update, ask, journal_of
 
 if TYPE_CHECKING:
     from tests.server.conftest import Join, Serve
@@ -93,6 +95,19 @@ def test_a_name_belongs_to_the_certificate_that_first_had_it(serve: Serve, join:
         thief.welcome()
 
     first.beat()
+    heard = [(type(event), event.identity) for event in (serving.events.get(timeout=10) for _ in range(2))]
+    assert heard == [(Joined, "one"), (Refused, "two")]
+
+
+def test_an_answer_is_kept_with_the_identity_that_was_proven(serve: Serve, join: Join, issue: Issue) -> None:
+    serving = serve("localhost:0", issue("server"))
+    peer = join(serving, "a", issue("hospital").for_client())
+    ask(serving)
+    nonce = peer.hear("offer").nonce
+    peer.answer(nonce, an_update())
+    row = "SELECT identity FROM task WHERE nonce = ?"
+
+    assert journal_of(serving)._database.execute(row, (nonce,)).fetchall() == [("hospital",)]
 
 
 def test_one_certificate_may_have_several_names(serve: Serve, join: Join, issue: Issue) -> None:

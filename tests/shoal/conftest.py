@@ -12,16 +12,18 @@ from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parents[2]
 SHOAL = "import sys; sys.argv[0] = 'shoal'; from shoal.cli import main; main()"
 PATIENCE = 60.0  # seconds, for machines that do other things too
 
 
 class Process:
-    """A running command whose lines can be waited for."""
+    """A running command whose lines can be waited for; it dies at the nth passing of a point, ``until`` then."""
 
-    def __init__(self, folder: Path, words: tuple[str, ...]) -> None:
-        command = [sys.executable, "-c", SHOAL, *words]
-        environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    def __init__(self, folder: Path, words: tuple[str, ...], until: tuple[str, int] | None = None) -> None:
+        program = ("-c", SHOAL) if until is None else ("-m", "tests.chaos.launch", until[0], str(until[1]), "--")
+        command = [sys.executable, *program, *words]
+        environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
         self.lines = list[str]()
         self._process = subprocess.Popen(
             command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -95,11 +97,14 @@ Start = Callable[..., Process]  # its arguments are the words behind "shoal"
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """Starts ``shoal WORDS`` in the test's folder; everything is ended with the test."""
+    """Starts ``shoal WORDS`` in the test's folder; everything is ended with the test.
+
+    ``until=("taken", 2)``: it kills itself at the second passing of that point of :mod:`tests.chaos.points`.
+    """
     started = list[Process]()
 
-    def run(*words: object) -> Process:
-        started.append(Process(tmp_path, tuple(map(str, words))))
+    def run(*words: object, until: tuple[str, int] | None = None) -> Process:
+        started.append(Process(tmp_path, tuple(map(str, words)), until))
         return started[-1]
 
     yield run

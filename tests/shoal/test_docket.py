@@ -53,6 +53,42 @@ def test_a_run_whose_folder_was_deleted_begins_anew(tmp_path: Path) -> None:
     assert begin(tmp_path).path.is_dir()
 
 
+@pytest.mark.parametrize("until", ["the folder is made", "the folder is written down"])
+def test_a_folder_that_a_kill_left_empty_does_not_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, until: str
+) -> None:
+    """At the moment before the docket is written, and the one before the announcement goes."""
+
+    class Killed(BaseException):
+        pass
+
+    def dies(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as killing:
+        if until == "the folder is made":
+            made = RunFolder.create
+            killing.setattr(RunFolder, "create", lambda *words: [made(*words), dies()][0])
+        else:
+            killing.setattr(Path, "unlink", dies)
+        with pytest.raises(Killed):
+            begin(tmp_path)
+    assert (tmp_path / "0001-a-run").is_dir()
+
+    assert begin(tmp_path).path.name == "0001-a-run"
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["0001-a-run"]
+    assert not list(tmp_path.glob(".serving-*.making"))
+
+
+def test_a_folder_that_another_process_made_under_the_announced_name_stays(tmp_path: Path) -> None:
+    with closing(Docket(tmp_path, TWO, "here:1")) as docket:
+        docket._announce(tmp_path / "0001-a-run")  # and is killed
+    RunFolder.create(tmp_path, "a run").write("experiment.toml", "another's")
+
+    assert begin(tmp_path).path.name == "0002-a-run"
+    assert (tmp_path / "0001-a-run" / "experiment.toml").read_text() == "another's"
+
+
 def test_one_process_at_a_time(tmp_path: Path) -> None:
     with closing(Docket(tmp_path, TWO, "here:1")), pytest.raises(RunError, match="another server runs these"):
         Docket(tmp_path, TWO, "here:1")

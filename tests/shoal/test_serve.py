@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
+import sqlite3
+from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
 import shoal
+from shoal.audit import audit
 from shoal.protos import registry
 
 if TYPE_CHECKING:
@@ -253,3 +257,48 @@ def test_a_server_killed_in_a_round_and_started_again_goes_on_with_it(start: Sta
     assert clients["a"].text.count("round 2: update delivered") == 1  # and was not asked for again
     assert [path.name for path in Path("runs").iterdir() if path.is_dir()] == ["0001-tiny"]
     assert not Path("runs/0001-tiny/round").exists()
+
+
+def audited(run: str) -> list[dict[str, Any]]:
+    """What the audit log says, but for times, nonces and the chain over them."""
+    own = ("time", "nonce", "previous")
+    lines = [json.loads(line) for line in Path(run, "audit.jsonl").read_text().splitlines()]
+    for line in lines:
+        line.pop("sha256")
+        line["clients"] = [{k: v for k, v in told.items() if k not in own} for told in line["clients"]]
+    return [{k: v for k, v in line.items() if k not in own} for line in lines]
+
+
+@pytest.mark.slow
+def test_whenever_a_server_is_killed_the_audit_log_has_one_line_a_round(start: Start, shards: Path) -> None:
+    path = write(shards.parent, "scaffold", clients_every=0)
+    whole = serve(start, path, more=("--out", "whole"))
+    assert (crowd(start, whole, shards).wait(), whole.wait()) == (0, 0), whole.text
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        listen = f"127.0.0.1:{free.getsockname()[1]}"
+    command = ("server", path, "--listen", listen, "--insecure", "--heartbeat", 1)
+    log, round = Path("runs/0001-tiny/audit.jsonl"), Path("runs/0001-tiny/round/journal.sqlite")
+    amid = start(*command, until=("taken", 2))  # of three answers
+    hosted = crowd(start, amid, shards)
+    assert amid.wait() == -signal.SIGKILL, amid.text
+    assert not log.exists()
+    with closing(sqlite3.connect(round)) as journal:
+        taken = [nonce for (nonce,) in journal.execute("SELECT nonce FROM task WHERE taken NOT NULL")]
+    between = start(*command, until=("audited", 2))
+    assert between.wait() == -signal.SIGKILL, between.text
+    lines = log.read_bytes().splitlines()
+    assert [path.name for path in Path("runs/0001-tiny/checkpoints").iterdir()] == ["round-00001"]
+    assert audit(Path("runs/1")).problem is None  # the line that has no checkpoint yet is none
+    last = start(*command)
+    assert (last.wait(), hosted.wait()) == (0, 0), last.text
+
+    assert audited("runs/0001-tiny") == audited("whole/0001-tiny")
+    assert audit(Path("runs/1")).problem is None
+    nonces = {told["nonce"] for told in json.loads(lines[0])["clients"]}
+    assert len(taken) == 2 and set(taken) < nonces
+    assert log.read_bytes().splitlines()[0] == lines[0]
+    again = [json.loads(line)["clients"] for line in (lines[1], log.read_bytes().splitlines()[1])]
+    assert again[0] == again[1]  # the same nonces, too
+    kinds = [json.loads(line)["kind"] for line in Path("runs/0001-tiny/log.jsonl").read_text().splitlines()]
+    assert [kind for kind in kinds if kind in ("resumed", "round")] == ["resumed", "round", "resumed", "round", "round"]
