@@ -81,6 +81,7 @@ def test_lines_are_chained_also_across_a_restart(tmp_path: Path) -> None:
     assert [line["before"] for line in lines] == [model(n) for n in range(4)]
 
 
+@pytest.mark.slow
 def test_every_byte_counts(tmp_path: Path) -> None:
     written(tmp_path, 1, 2)
     path = tmp_path / "audit.jsonl"

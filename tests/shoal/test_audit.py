@@ -72,8 +72,9 @@ def tampered(draw: st.DrawFn, data: bytes) -> tuple[bytes, int]:
     return b"".join(lines), min(one, other) + 1
 
 
+@pytest.mark.slow
 @settings(
-    max_examples=200, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(st.data())
 def test_whatever_is_done_to_a_line_is_found_at_it(run: Path, data: st.DataObject) -> None:

@@ -270,6 +270,7 @@ def audited(run: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)  # seven processes, on a machine that does other things too
 def test_whenever_a_server_is_killed_the_audit_log_has_one_line_a_round(start: Start, shards: Path) -> None:
     path = write(shards.parent, "scaffold", clients_every=0)
     whole = serve(start, path, more=("--out", "whole"))
