@@ -73,9 +73,7 @@ def tampered(draw: st.DrawFn, data: bytes) -> tuple[bytes, int]:
 
 
 @pytest.mark.slow
-@settings(
-    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_whatever_is_done_to_a_line_is_found_at_it(run: Path, data: st.DataObject) -> None:
     path = run / "audit.jsonl"
