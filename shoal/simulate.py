@@ -118,7 +118,10 @@ def _resume(folder: RunFolder, experiment: Experiment | None, rounds: int | None
     experiment = _kept_experiment(folder, kept) if experiment is None else experiment
     experiment = experiment if rounds is None else replace(experiment, rounds=rounds)
     _check_same(kept, experiment.toml())
-    composition, recorded = Composition(experiment), folder.read("env.json")
+    recorded = folder.read("env.json")
+    if "served" in recorded:  # journal and audit log want a checkpoint of each round
+        experiment = replace(experiment, checkpoint_every=1)
+    composition = Composition(experiment)
     done = folder.latest()
     if done is not None and done.round >= experiment.rounds:
         raise RunError(f"{folder.path} has all its {done.round} rounds; make it longer with --rounds (rounds=…)")

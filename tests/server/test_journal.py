@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -85,9 +86,13 @@ def test_payloads_are_read_once_and_only_when_the_round_goes_on(reopen: Open, mo
     nonces = journal.open(1, Kind.TRAIN, ["a", "b"], 2).nonces
     for nonce in nonces:
         take(journal, nonce)
-    read = list[object]()
-    digest = hashlib.file_digest
-    monkeypatch.setattr(hashlib, "file_digest", lambda file, name: [read.append(file), digest(file, name)][1])
+    read, digest = list[Any](), hashlib.file_digest
+
+    def reading(file: Any, name: str) -> Any:
+        read.append(file)
+        return digest(file, name)
+
+    monkeypatch.setattr(hashlib, "file_digest", reading)
     again = reopen()
 
     assert again.recall(1, Kind.TRAIN) == again.recall(1, Kind.TRAIN)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -62,13 +63,18 @@ def test_a_folder_that_a_kill_left_empty_does_not_stay(
     class Killed(BaseException):
         pass
 
-    def dies(*_: object) -> None:
+    make = RunFolder.create
+
+    def makes_and_dies(*words: Any) -> RunFolder:
+        make(*words)
+        raise Killed
+
+    def dies(*_: Any) -> None:
         raise Killed
 
     with monkeypatch.context() as killing:
         if until == "the folder is made":
-            made = RunFolder.create
-            killing.setattr(RunFolder, "create", lambda *words: [made(*words), dies()][0])
+            killing.setattr(RunFolder, "create", makes_and_dies)
         else:
             killing.setattr(Path, "unlink", dies)
         with pytest.raises(Killed):
