@@ -71,7 +71,7 @@ def origin(run: str) -> str:
 class Audit:
     """An :class:`~shoal.server.coordinator.Observer` that writes ``audit.jsonl``; it must hear of checkpoints first.
 
-    The run goes on from ``point``; ``members`` gives a round's cohort.
+    The run goes on from ``point``; ``members`` gives a round's cohort. That a round has ended is told to the log, too.
     """
 
     def __init__(
@@ -83,6 +83,9 @@ class Audit:
 
     def on_round(self, round: Round) -> None:
         self._failures = round.failures
+        if round.number:
+            told = {name: round.numbers[name] for name in ("counted", "failed", "seconds")}
+            self._folder.log("round", round=round.number, **told)
 
     def on_failure(self, failure: Failure) -> None:
         return

@@ -137,9 +137,6 @@ class RunFolder:
             failed = [{"client": f.client, "reason": f.reason} for f in round.failures]
             line = {"round": round.number, "kind": "train", **_columns(round.reports)}
             self._append("clients.jsonl", line | ({"failed": failed} if failed else {}))
-        if round.number:
-            told = {name: round.numbers[name] for name in ("counted", "failed", "seconds") if name in round.numbers}
-            self.log("round", round=round.number, **told)
 
     def on_failure(self, failure: Failure) -> None:
         event = {"client": failure.client, "round": failure.round, "reason": failure.reason}

@@ -45,7 +45,8 @@ def written(path: Path, first: int, last: int) -> list[dict[str, Any]]:
     with closing(RunFolder(path)) as folder:
         audit = Audit(folder, "a run", point(first - 1, "a"), cohort)
         for number in range(first, last + 1):
-            audit.on_round(Round(number, {}, failures=[Failure("broken", number, "it broke")]))
+            numbers = {"counted": 1.0, "failed": 1.0, "seconds": 0.5}
+            audit.on_round(Round(number, numbers, failures=[Failure("broken", number, "it broke")]))
             audit.on_checkpoint(point(number, "a"))
     return [json.loads(line) for line in (path / "audit.jsonl").read_text().splitlines()]
 
@@ -65,6 +66,14 @@ def test_a_line_says_whose_updates_made_the_model(tmp_path: Path) -> None:
         {"client": "late", "identity": None, "nonce": "late 1", "reason": "the round was over without it"},
         {"client": "broken", "identity": None, "nonce": "broken 1", "reason": "it broke"},
     ]
+
+
+def test_the_log_hears_of_each_round(tmp_path: Path) -> None:
+    written(tmp_path, 1, 2)
+    lines = [line | {"time": ""} for line in RunFolder(tmp_path).lines("log.jsonl")]
+
+    numbers = {"counted": 1, "failed": 1, "seconds": 0.5}
+    assert lines == [{"time": "", "kind": "round", "round": number, **numbers} for number in (1, 2)]
 
 
 def test_lines_are_chained_also_across_a_restart(tmp_path: Path) -> None:
