@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 from collections import Counter
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from shoal.protos.messages import Failure
+from shoal.server import patience
 from shoal.server.log import ALL, EACH, Log, Rate
+from shoal.server.patience import Patience
 from shoal.server.runs import RunFolder
 
 
@@ -91,3 +96,24 @@ def test_failures_of_a_hostile_client_take_bounded_space(tmp_path: Path) -> None
     assert Counter(line["kind"] for line in lines) == {"failed": 21, "rejected": 20, "left out": 2}
     assert sum(line["lines"] for line in lines if line["kind"] == "left out") == 2000 - 40
     assert (tmp_path / "log.jsonl").stat().st_size < 41 * 23_000
+
+
+def test_a_disk_that_refused_is_logged_when_it_takes_lines_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patience, "PAUSE", 0.0)
+    said, refusals = list[str](), [errno.ENOSPC, errno.EIO]
+
+    def write() -> str:
+        if refusals:
+            raise OSError(refusals.pop(0), "no room")
+        return "done"
+
+    with closing(RunFolder(tmp_path)) as folder:
+        log = folder.log
+        patient = Patience(said.append, lambda why, seconds: log("disk refused", reason=why, seconds=seconds))
+        assert patient(write) == patient(write) == "done"
+    (line,) = folder.lines("log.jsonl")
+
+    assert (line["kind"], line["reason"], 0 <= line["seconds"] < 10) == ("disk refused", "[Errno 28] no room", True)
+    assert len(said) == 2
