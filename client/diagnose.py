@@ -20,13 +20,13 @@ def diagnose(address: Address, tls: Path | None) -> str | None:
         socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
     except (socket.gaierror, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or "no name that a host can have"
-        return f"there is no host {address.host!r} (looking up its name: {reason}); correct --connect"
+        return f"there is no host {address.host!r} (looking up its name: {reason}); correct the address"
     try:
         connection = socket.create_connection((address.host, address.port), PATIENCE)
     except OSError as error:
         return (
             f"nothing answers at {address} (TCP: {error.strerror or error}); start 'shoal server' there, or correct "
-            f"--connect or the firewall"
+            f"the address or the firewall"
         )
     with connection:
         return _plain(connection, address) if tls is None else _secure(connection, address, tls)
@@ -45,12 +45,13 @@ def _secure(connection: socket.socket, address: Address, folder: Path) -> str | 
     except ssl.SSLCertVerificationError as error:
         remedy = "renew it, or correct ca.pem"
         if error.verify_code in OTHER_NAMES:
-            remedy = "dial a name that stands in it with --connect, or renew it for this one"
+            remedy = "dial a name that stands in it, or renew it for this one"
         return f"the server's certificate is not accepted (TLS: {error.verify_message.rstrip('.')}); {remedy}"
     except (TimeoutError, ssl.SSLEOFError, ConnectionError) as error:
         reason = "no answer" if isinstance(error, TimeoutError) else "it hung up"
         return (
-            f"what answers at {address} gave no certificate (TLS: {reason}); correct --connect, or see the server's log"
+            f"what answers at {address} gave no certificate (TLS: {reason}); correct the address, or see the server's "
+            f"log"
         )
     except ssl.SSLError as error:
         reason = (error.reason or str(error)).lower().replace("_", " ")
@@ -64,7 +65,7 @@ def _heard(secure: ssl.SSLSocket, address: Address) -> str | None:
     try:
         heard = secure.recv(1)
     except TimeoutError:  # without ALPN it waits for us
-        return f"what answers at {address} speaks TLS, but no gRPC; correct --connect"
+        return f"what answers at {address} speaks TLS, but no gRPC; correct the address"
     except ConnectionError:
         heard = b""
     if heard:
@@ -84,4 +85,4 @@ def _plain(connection: socket.socket, address: Address) -> str | None:
         answer = b""
     if len(answer) >= 4 and answer[3] == 4:  # a SETTINGS frame
         return None
-    return f"what answers at {address} speaks no plain gRPC; give --tls DIR if it uses TLS, or correct --connect"
+    return f"what answers at {address} speaks no plain gRPC; give --tls DIR if it uses TLS, or correct the address"

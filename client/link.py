@@ -162,7 +162,7 @@ class Link:
         """Why the connection failed, in a sentence; ConnectionRefused if trying again cannot help."""
         code, details = error.code(), error.details() or ""
         if code is grpc.StatusCode.UNIMPLEMENTED:
-            raise ConnectionRefused(f"what answers at {self._address} is no Shoal server; correct --connect")
+            raise ConnectionRefused(f"what answers at {self._address} is no Shoal server; correct the address")
         if code in FINAL:
             raise ConnectionRefused(details or f"the server at {self._address} says no ({code.name.lower()})")
         if code is grpc.StatusCode.UNAVAILABLE:

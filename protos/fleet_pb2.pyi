@@ -1153,3 +1153,345 @@ class Settings(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Settings: _TypeAlias = Settings  # noqa: Y015
+
+@_typing.final
+class StatusRequest(_message.Message):
+    """Asks what goes on."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StatusRequest: _TypeAlias = StatusRequest  # noqa: Y015
+
+@_typing.final
+class StatusReply(_message.Message):
+    """What goes on at a server. All times are durations up to now, in seconds: nobody's clock is compared with another's."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SOFTWARE_FIELD_NUMBER: _builtins.int
+    UPTIME_FIELD_NUMBER: _builtins.int
+    DRAINING_FIELD_NUMBER: _builtins.int
+    DISK_FIELD_NUMBER: _builtins.int
+    DISK_FOR_FIELD_NUMBER: _builtins.int
+    BYTES_UP_FIELD_NUMBER: _builtins.int
+    BYTES_DOWN_FIELD_NUMBER: _builtins.int
+    RUN_FIELD_NUMBER: _builtins.int
+    TASKS_FIELD_NUMBER: _builtins.int
+    ASKED_FIELD_NUMBER: _builtins.int
+    CONNECTIONS_FIELD_NUMBER: _builtins.int
+    CONNECTED_FIELD_NUMBER: _builtins.int
+    TROUBLES_FIELD_NUMBER: _builtins.int
+    software: _builtins.str
+    """For people: "shoal 0.1.0"."""
+    uptime: _builtins.float
+    """How long the server has listened."""
+    draining: _builtins.bool
+    """Whether it has been told to stop, and only ends the round in progress."""
+    disk: _builtins.str
+    """Why the disk takes no more; empty while it takes what is written."""
+    disk_for: _builtins.float
+    """How long it has taken no more."""
+    bytes_up: _builtins.int
+    """Bytes of tensors and assignments that clients have sent, in all runs since the server began to listen."""
+    bytes_down: _builtins.int
+    """Those that were sent to them."""
+    asked: _builtins.int
+    """How many were asked: more than tasks has where the list is cut."""
+    connected: _builtins.int
+    """How many are connected."""
+    @_builtins.property
+    def run(self) -> Global___RunStatus:
+        """The run that was begun last; absent before the first."""
+
+    @_builtins.property
+    def tasks(self) -> _containers.RepeatedCompositeFieldContainer[Global___TaskStatus]:
+        """Who was asked last, in the cohort's order; where the list is cut, those that need attention come first."""
+
+    @_builtins.property
+    def connections(self) -> _containers.RepeatedCompositeFieldContainer[Global___Connection]:
+        """Who is connected, those that came last first; cut as tasks is."""
+
+    @_builtins.property
+    def troubles(self) -> _containers.RepeatedCompositeFieldContainer[Global___Trouble]:
+        """The last clients that failed, the newest first."""
+
+    def __init__(
+        self,
+        *,
+        software: _builtins.str = ...,
+        uptime: _builtins.float = ...,
+        draining: _builtins.bool = ...,
+        disk: _builtins.str = ...,
+        disk_for: _builtins.float = ...,
+        bytes_up: _builtins.int = ...,
+        bytes_down: _builtins.int = ...,
+        run: Global___RunStatus | None = ...,
+        tasks: _abc.Iterable[Global___TaskStatus] | None = ...,
+        asked: _builtins.int = ...,
+        connections: _abc.Iterable[Global___Connection] | None = ...,
+        connected: _builtins.int = ...,
+        troubles: _abc.Iterable[Global___Trouble] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["asked", b"asked", "bytes_down", b"bytes_down", "bytes_up", b"bytes_up", "connected", b"connected", "connections", b"connections", "disk", b"disk", "disk_for", b"disk_for", "draining", b"draining", "run", b"run", "software", b"software", "tasks", b"tasks", "troubles", b"troubles", "uptime", b"uptime"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StatusReply: _TypeAlias = StatusReply  # noqa: Y015
+
+@_typing.final
+class RunStatus(_message.Message):
+    """Where a run stands."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class StatesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class MetricsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    RUN_FIELD_NUMBER: _builtins.int
+    FOLDER_FIELD_NUMBER: _builtins.int
+    ROUNDS_FIELD_NUMBER: _builtins.int
+    ROUND_FIELD_NUMBER: _builtins.int
+    PHASE_FIELD_NUMBER: _builtins.int
+    PHASE_FOR_FIELD_NUMBER: _builtins.int
+    ROUND_FOR_FIELD_NUMBER: _builtins.int
+    WANTED_FIELD_NUMBER: _builtins.int
+    DEADLINE_IN_FIELD_NUMBER: _builtins.int
+    STATES_FIELD_NUMBER: _builtins.int
+    METRICS_FIELD_NUMBER: _builtins.int
+    run: _builtins.str
+    """Its name to clients, as in Offer."""
+    folder: _builtins.str
+    """Where it is kept on the server."""
+    rounds: _builtins.int
+    """How many rounds it shall have."""
+    round: _builtins.int
+    """The round in progress, or the last one; 0 before the first."""
+    phase: _builtins.str
+    """"waiting" (for clients), "training", "summing" (and evaluating centrally, and keeping the result) or "evaluating"
+    (on clients).
+    """
+    phase_for: _builtins.float
+    """How long this phase has lasted."""
+    round_for: _builtins.float
+    """How long ago the round began; 0 before the first."""
+    wanted: _builtins.int
+    """How many clients the first round waits for."""
+    deadline_in: _builtins.float
+    """Seconds to the round's deadline; absent if it has none."""
+    @_builtins.property
+    def states(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """How many of the clients that were asked are in each state that a TaskStatus may have."""
+
+    @_builtins.property
+    def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """The newest numbers of the run, such as test_accuracy."""
+
+    def __init__(
+        self,
+        *,
+        run: _builtins.str = ...,
+        folder: _builtins.str = ...,
+        rounds: _builtins.int = ...,
+        round: _builtins.int = ...,
+        phase: _builtins.str = ...,
+        phase_for: _builtins.float = ...,
+        round_for: _builtins.float = ...,
+        wanted: _builtins.int = ...,
+        deadline_in: _builtins.float | None = ...,
+        states: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        metrics: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_deadline_in", b"_deadline_in", "deadline_in", b"deadline_in"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_deadline_in", b"_deadline_in", "deadline_in", b"deadline_in", "folder", b"folder", "metrics", b"metrics", "phase", b"phase", "phase_for", b"phase_for", "round", b"round", "round_for", b"round_for", "rounds", b"rounds", "run", b"run", "states", b"states", "wanted", b"wanted"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__deadline_in: _TypeAlias = _typing.Literal["deadline_in"]  # noqa: Y015
+    _WhichOneofArgType__deadline_in: _TypeAlias = _typing.Literal["_deadline_in", b"_deadline_in"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__deadline_in) -> _WhichOneofReturnType__deadline_in | None: ...
+
+Global___RunStatus: _TypeAlias = RunStatus  # noqa: Y015
+
+@_typing.final
+class TaskStatus(_message.Message):
+    """What has become of one client's task."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CLIENT_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    ASKED_FOR_FIELD_NUMBER: _builtins.int
+    SILENT_FOR_FIELD_NUMBER: _builtins.int
+    LEASE_LEFT_FIELD_NUMBER: _builtins.int
+    OVERDUE_FIELD_NUMBER: _builtins.int
+    CONNECTED_FIELD_NUMBER: _builtins.int
+    BYTES_HERE_FIELD_NUMBER: _builtins.int
+    BYTES_TOTAL_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    client: _builtins.str
+    """The client's name."""
+    state: _builtins.str
+    """"asked" (no sign that it has begun), "training" (for an evaluation too), "uploading", "checking" (its answer is
+    here, and is examined and stored), "answered", "rejected" (the answer was not valid), "failed" (the client said so),
+    "late" (the deadline has passed), "lost" (no sign for a lease) or "withdrawn" (the round did not need it).
+    """
+    asked_for: _builtins.float
+    """How long ago it was asked."""
+    silent_for: _builtins.float
+    """How long there has been no sign of it; 0 once the task is over."""
+    lease_left: _builtins.float
+    """Seconds of silence after which it is lost; 0 once the task is over."""
+    overdue: _builtins.bool
+    """Whether more than half of the lease has gone by in silence."""
+    connected: _builtins.bool
+    """Whether the client is connected."""
+    bytes_here: _builtins.int
+    """Bytes of its answer that are here."""
+    bytes_total: _builtins.int
+    """Bytes that its answer has; 0 as long as nothing was announced."""
+    reason: _builtins.str
+    """Why it is rejected, failed, late or lost, in one sentence; else empty."""
+    def __init__(
+        self,
+        *,
+        client: _builtins.str = ...,
+        state: _builtins.str = ...,
+        asked_for: _builtins.float = ...,
+        silent_for: _builtins.float = ...,
+        lease_left: _builtins.float = ...,
+        overdue: _builtins.bool = ...,
+        connected: _builtins.bool = ...,
+        bytes_here: _builtins.int = ...,
+        bytes_total: _builtins.int = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["asked_for", b"asked_for", "bytes_here", b"bytes_here", "bytes_total", b"bytes_total", "client", b"client", "connected", b"connected", "lease_left", b"lease_left", "overdue", b"overdue", "reason", b"reason", "silent_for", b"silent_for", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TaskStatus: _TypeAlias = TaskStatus  # noqa: Y015
+
+@_typing.final
+class Connection(_message.Message):
+    """One client's connection."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CLIENT_FIELD_NUMBER: _builtins.int
+    PEER_FIELD_NUMBER: _builtins.int
+    CONNECTED_FOR_FIELD_NUMBER: _builtins.int
+    SILENT_FOR_FIELD_NUMBER: _builtins.int
+    client: _builtins.str
+    """The client's name."""
+    peer: _builtins.str
+    """Where it calls from, such as "127.0.0.1:41948"."""
+    connected_for: _builtins.float
+    """How long it has been there."""
+    silent_for: _builtins.float
+    """How long there has been no sign on it."""
+    def __init__(
+        self,
+        *,
+        client: _builtins.str = ...,
+        peer: _builtins.str = ...,
+        connected_for: _builtins.float = ...,
+        silent_for: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client", b"client", "connected_for", b"connected_for", "peer", b"peer", "silent_for", b"silent_for"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Connection: _TypeAlias = Connection  # noqa: Y015
+
+@_typing.final
+class Trouble(_message.Message):
+    """A client that did not deliver."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CLIENT_FIELD_NUMBER: _builtins.int
+    RUN_FIELD_NUMBER: _builtins.int
+    ROUND_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    AGO_FIELD_NUMBER: _builtins.int
+    client: _builtins.str
+    """The client's name."""
+    run: _builtins.str
+    """The run, as in Offer."""
+    round: _builtins.int
+    """The round it was asked in."""
+    state: _builtins.str
+    """"rejected", "failed", "late" or "lost", as in TaskStatus."""
+    reason: _builtins.str
+    """Why, in one sentence."""
+    ago: _builtins.float
+    """How long ago."""
+    def __init__(
+        self,
+        *,
+        client: _builtins.str = ...,
+        run: _builtins.str = ...,
+        round: _builtins.int = ...,
+        state: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        ago: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ago", b"ago", "client", b"client", "reason", b"reason", "round", b"round", "run", b"run", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Trouble: _TypeAlias = Trouble  # noqa: Y015

@@ -276,3 +276,79 @@ class Fleet(object):
             timeout,
             metadata,
             _registered_method=True)
+
+
+class BoardStub(object):
+    """What the server shows to the people who run it; no client needs it.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Status = channel.unary_unary(
+                '/shoal.fleet.v1.Board/Status',
+                request_serializer=shoal_dot_protos_dot_fleet__pb2.StatusRequest.SerializeToString,
+                response_deserializer=shoal_dot_protos_dot_fleet__pb2.StatusReply.FromString,
+                _registered_method=True)
+
+
+class BoardServicer(object):
+    """What the server shows to the people who run it; no client needs it.
+    """
+
+    def Status(self, request, context):
+        """What goes on now. Whoever may connect may ask; the answer names the clients.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_BoardServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Status': grpc.unary_unary_rpc_method_handler(
+                    servicer.Status,
+                    request_deserializer=shoal_dot_protos_dot_fleet__pb2.StatusRequest.FromString,
+                    response_serializer=shoal_dot_protos_dot_fleet__pb2.StatusReply.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'shoal.fleet.v1.Board', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('shoal.fleet.v1.Board', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Board(object):
+    """What the server shows to the people who run it; no client needs it.
+    """
+
+    @staticmethod
+    def Status(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shoal.fleet.v1.Board/Status',
+            shoal_dot_protos_dot_fleet__pb2.StatusRequest.SerializeToString,
+            shoal_dot_protos_dot_fleet__pb2.StatusReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)

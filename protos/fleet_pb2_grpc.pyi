@@ -129,3 +129,34 @@ class FleetServicer(metaclass=_abc_1.ABCMeta):
         """The payload is complete. May be repeated: an answer counts once, and gets the same receipt again."""
 
 def add_FleetServicer_to_server(servicer: FleetServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
+
+class BoardStub:
+    """What the server shows to the people who run it; no client needs it."""
+
+    @_typing.overload
+    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
+    @_typing.overload
+    def __new__(cls, channel: _aio.Channel) -> BoardAsyncStub: ...
+    Status: _grpc.UnaryUnaryMultiCallable[_fleet_pb2.StatusRequest, _fleet_pb2.StatusReply]
+    """What goes on now. Whoever may connect may ask; the answer names the clients."""
+
+@_typing.type_check_only
+class BoardAsyncStub(BoardStub):
+    """What the server shows to the people who run it; no client needs it."""
+
+    def __init__(self, channel: _aio.Channel) -> None: ...
+    Status: _aio.UnaryUnaryMultiCallable[_fleet_pb2.StatusRequest, _fleet_pb2.StatusReply]  # type: ignore[assignment]
+    """What goes on now. Whoever may connect may ask; the answer names the clients."""
+
+class BoardServicer(metaclass=_abc_1.ABCMeta):
+    """What the server shows to the people who run it; no client needs it."""
+
+    @_abc_1.abstractmethod
+    def Status(
+        self,
+        request: _fleet_pb2.StatusRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_fleet_pb2.StatusReply, _abc.Awaitable[_fleet_pb2.StatusReply]]:
+        """What goes on now. Whoever may connect may ask; the answer names the clients."""
+
+def add_BoardServicer_to_server(servicer: BoardServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

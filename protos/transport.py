@@ -22,6 +22,7 @@ from shoal.protos import fleet_pb2 as wire
 from shoal.protos.errors import CodecError, ConnectionRefused
 
 __all__ = [
+    "BOARD",
     "CAPABILITIES",
     "CHANNEL",
     "CHUNK",
@@ -40,7 +41,7 @@ __all__ = [
 
 VERSIONS = (1,)  # of the protocol
 CAPABILITIES: tuple[str, ...] = ()
-SERVICE = "shoal.fleet.v1.Fleet"
+SERVICE, BOARD = "shoal.fleet.v1.Fleet", "shoal.fleet.v1.Board"
 CHUNK = 2**20  # bytes: the fastest on a loopback among 64 KiB to 16 MiB
 MESSAGE = 2**22  # bytes: a chunk or a header of 1 MiB with room to spare
 

@@ -10,26 +10,28 @@ import asyncio
 import secrets
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from shoal.protos import fleet_pb2 as wire
 from shoal.protos.codec import content_of, decode_failure
 from shoal.protos.errors import CodecError, InvalidUpdate
-from shoal.protos.files import mapped
-from shoal.protos.messages import Failure
-from shoal.protos.transport import CAPABILITIES, VERSIONS, software
+from shoal.protos.transport import CAPABILITIES, software
+from shoal.server.admission import check_name, common_version, examine, failure_of
 from shoal.server.orders import (
     Answered,
+    Asked,
     Assigned,
     Blob,
     Call,
     Denied,
-    Event,
     Failed,
     Joined,
     Left,
+    News,
     Order,
+    Over,
     Refused,
+    Repeated,
     Session,
 )
 from shoal.server.spool import Incoming, Torn
@@ -37,15 +39,14 @@ from shoal.server.spool import Incoming, Torn
 __all__ = ["Hub"]
 
 MISSED = 3  # heartbeats, after which a connection is taken for dead
-SENTENCE, LONGEST = 2_000, 20_000  # characters of a reason and of a client's traceback that are kept
 QUEUED = 64  # replies to one client: a client that does not read gets no more heartbeats
 
 
 class Hub:
-    """``tell`` gets each event and must not block."""
+    """``tell`` gets all news and must not block."""
 
-    def __init__(self, tell: Callable[[Event], None], heartbeat: float = 30.0) -> None:
-        self._tell, self.heartbeat = tell, heartbeat
+    def __init__(self, tell: Callable[[News], None], heartbeat: float = 30.0) -> None:
+        self.tell, self.heartbeat = tell, heartbeat
         self.known: dict[str, str] = {}  # every client that ever joined, with the identity it proved
         self._sessions: dict[str, Session] = {}  # by token
         self._present: dict[str, Session] = {}  # by client
@@ -56,26 +57,32 @@ class Hub:
     # --- connections -------------------------------------------------------------------------------------------------
 
     @property
-    def present(self) -> Iterable[str]:
+    def present(self) -> Collection[str]:
         return self._present.keys()
+
+    @property
+    def sessions(self) -> Collection[Session]:
+        """The connections of those that are present."""
+        return self._present.values()
 
     def join(self, hello: wire.Hello, identity: str, peer: str) -> Session:
         """Accept a client; Denied if it speaks another protocol or bears another's name."""
-        version = _common_version(hello)
-        _check_name(hello.client)
+        version = common_version(hello)
+        check_name(hello.client)
         if self.known.setdefault(hello.client, identity) != identity:
-            self._tell(Refused(hello.client, peer, identity))
+            self.tell(Refused(hello.client, peer, identity))
             raise Denied(
                 "PERMISSION_DENIED",
                 f"client {hello.client!r} belongs to the certificate of {self.known[hello.client]!r}, not of "
                 f"{identity!r}; give another name with --id",
             )
         before = self._present.get(hello.client)
-        session = Session(secrets.token_hex(16), hello.client, hello.instance, peer, time.monotonic())
+        now = time.monotonic()
+        session = Session(secrets.token_hex(16), hello.client, hello.instance, peer, now, now)
         if before is not None:
             self._drop(before)
             if before.instance != hello.instance:
-                self._tell(Left(session.client, f"another process has joined under its name, from {peer}"))
+                self.tell(Left(session.client, f"another process has joined under its name, from {peer}"))
                 before.close(f"another process has joined as {hello.client!r} from {peer}", wire.Goodbye.REPLACED)
             else:
                 before.close(f"{hello.client!r} has a newer connection", wire.Goodbye.COME_BACK)
@@ -88,13 +95,13 @@ class Hub:
             if assigned.client == session.client and assigned.committing is None:
                 session.send(assigned.offer())
         if before is None or before.instance != hello.instance:
-            self._tell(Joined(session.client, peer, identity))
+            self.tell(Joined(session.client, peer, identity))
         return session
 
     def leave(self, session: Session, reason: str) -> None:
         """The connection is gone; the client's task stays open until its lease ends."""
         if self._drop(session):
-            self._tell(Left(session.client, reason))
+            self.tell(Left(session.client, reason))
 
     def _drop(self, session: Session) -> bool:
         self._sessions.pop(session.token, None)
@@ -106,7 +113,9 @@ class Hub:
     def beat(self, session: Session, nonce: str) -> None:
         """A sign of life; it renews the lease of the task that the client is at, and of no other."""
         session.seen = time.monotonic()
-        if nonce in self._open:
+        assigned = self._open.get(nonce)
+        if assigned is not None:
+            assigned.begun |= assigned.client == session.client
             self._sign(session)
         if session.outgoing.qsize() < QUEUED:
             session.send(wire.ConnectReply(heartbeat=wire.Heartbeat()))
@@ -130,7 +139,7 @@ class Hub:
         for assigned in list(self._open.values()):
             if assigned.committing is not None:
                 continue
-            silent = now - max(assigned.since, self._seen.get(assigned.client, 0.0))
+            silent = now - self.sign_of(assigned)
             if assigned.order.ends is not None and now >= assigned.order.ends:
                 self._fail(assigned, f"client {assigned.client!r} did not answer before the deadline", "late")
             elif silent > assigned.order.lease:
@@ -143,6 +152,14 @@ class Hub:
 
     # --- tasks -------------------------------------------------------------------------------------------------------
 
+    def task(self, nonce: str) -> Assigned | None:
+        """Where a task stands; None if it is over."""
+        return self._open.get(nonce)
+
+    def sign_of(self, assigned: Assigned) -> float:
+        """When there was last a sign that renews the task's lease."""
+        return max(assigned.since, self._seen.get(assigned.client, 0.0))
+
     def ask(self, order: Order, calls: Sequence[Call]) -> None:
         """Offer the order's task to those who have not answered it."""
         self._blobs |= {blob.sha256: blob for blob in (order.assignment, order.payload)}
@@ -154,6 +171,7 @@ class Hub:
                 assigned.committing.set_result(wire.Receipt(status=wire.Receipt.ACCEPTED))
             elif call.client in self._present:
                 self._present[call.client].send(assigned.offer())
+        self.tell(Asked(order, calls))
 
     def end(self, order: Order, reason: str) -> None:
         """Withdraw what is still open, and forget the order's content."""
@@ -162,11 +180,12 @@ class Hub:
                 self._withdraw(assigned, reason)
             self._forget(assigned)
         self._blobs.pop(order.payload.sha256, None)
+        self.tell(Over(order))
 
     def _fail(self, assigned: Assigned, reason: str, kind: str) -> None:
         self._withdraw(assigned, reason)
         self._forget(assigned)
-        self._tell(Failed(assigned.nonce, _failure(assigned, reason, kind=kind)))
+        self.tell(Failed(assigned.nonce, failure_of(assigned, reason, kind=kind)))
 
     def _withdraw(self, assigned: Assigned, reason: str) -> None:
         session = self._present.get(assigned.client)
@@ -181,6 +200,7 @@ class Hub:
     def blob(self, session: Session, sha256: bytes) -> Blob:
         """What a client wants to fetch; Denied if it is not, or not any more, on offer."""
         self._sign(session)
+        session.fetched = sha256
         if sha256 not in self._blobs:
             raise Denied("NOT_FOUND", "these bytes are not on offer any more: their round is over; wait for a new task")
         return self._blobs[sha256]
@@ -221,8 +241,10 @@ class Hub:
         assigned = self._assigned(session, nonce)
         if assigned.committing is not None:
             receipt = await asyncio.shield(assigned.committing)
-            again = receipt.status == wire.Receipt.ACCEPTED
-            return wire.Receipt(status=wire.Receipt.DUPLICATE) if again else receipt
+            if receipt.status != wire.Receipt.ACCEPTED:
+                return receipt
+            self.tell(Repeated(nonce))
+            return wire.Receipt(status=wire.Receipt.DUPLICATE)
         incoming = self.incoming(session, nonce)
         if incoming.offset < incoming.total:
             raise Denied("FAILED_PRECONDITION", f"{incoming.offset} of {incoming.total} bytes are here; send the rest")
@@ -231,9 +253,9 @@ class Hub:
         return await asyncio.shield(assigned.committing)
 
     async def _take(self, assigned: Assigned, incoming: Incoming) -> wire.Receipt:
-        receipt = wire.Receipt(status=wire.Receipt.ACCEPTED)
+        receipt, began = wire.Receipt(status=wire.Receipt.ACCEPTED), time.monotonic()
         try:
-            failure = await asyncio.to_thread(_examine, assigned, incoming)
+            failure = await asyncio.to_thread(examine, assigned, incoming)
             if failure is None and assigned.nonce in self._open:
                 identity = self.known[assigned.client]
                 await asyncio.to_thread(assigned.order.journal.take, assigned.nonce, incoming.header, identity)
@@ -242,23 +264,23 @@ class Hub:
             incoming.discard()
             raise Denied("ABORTED", str(error)) from error
         except (CodecError, InvalidUpdate) as error:
-            failure = _failure(assigned, str(error), kind="rejected")
+            failure = failure_of(assigned, str(error), kind="rejected")
             receipt = wire.Receipt(status=wire.Receipt.REJECTED, reason=str(error))
         except OSError:  # the disk: the client may commit again
             assigned.committing = None
             raise
         except Exception as error:  # a defect of ours must not keep the round waiting for this answer
             reason = f"the server cannot examine the answer of client {assigned.client!r}: {error!r}"
-            failure = _failure(assigned, reason, traceback.format_exc(), "rejected")
+            failure = failure_of(assigned, reason, traceback.format_exc(), "rejected")
             receipt = wire.Receipt(status=wire.Receipt.REJECTED, reason=reason)
         if assigned.nonce not in self._open:  # the order has ended meanwhile
             incoming.discard()
             raise Denied("NOT_FOUND", _over(assigned.nonce))
         if failure is None:
-            self._tell(Answered(assigned.nonce, assigned.client, incoming.header))
+            self.tell(Answered(assigned.nonce, assigned.client, incoming.header, time.monotonic() - began))
         else:
             incoming.discard()
-            self._tell(Failed(assigned.nonce, failure))
+            self.tell(Failed(assigned.nonce, failure))
         return receipt
 
     def _assigned(self, session: Session, nonce: str) -> Assigned:
@@ -269,43 +291,5 @@ class Hub:
         return assigned
 
 
-def _examine(assigned: Assigned, incoming: Incoming) -> Failure | None:
-    """In a thread: the whole answer; the client's own failure, or None for one that may be counted."""
-    incoming.complete()
-    content, _, _ = content_of(incoming.header)
-    if content == "failure":
-        told = decode_failure(incoming.header)
-        return _failure(assigned, told.reason, told.traceback)
-    payload = mapped(incoming.path) if incoming.total else memoryview(b"")
-    assigned.order.check(assigned.client, content, incoming.header, payload)
-    return None
-
-
-def _failure(assigned: Assigned, reason: str, told: str = "", kind: str = "failed") -> Failure:
-    """No longer than a line of the log may be, whatever names or words of a client are in it."""
-    return Failure(assigned.client, assigned.order.round, reason[:SENTENCE], told[-LONGEST:], kind)
-
-
 def _over(nonce: str) -> str:
     return f"task {nonce!r} needs no answer any more: its round is over, or it was given up; wait for a new task"
-
-
-def _common_version(hello: wire.Hello) -> int:
-    common = set(hello.versions) & set(VERSIONS)
-    if not common:
-        older = max(hello.versions, default=0) < min(VERSIONS)
-        raise Denied(
-            "FAILED_PRECONDITION",
-            f"the client ({hello.software or 'unknown'}) speaks protocol {_list(hello.versions)}, this server "
-            f"({software()}) speaks {_list(VERSIONS)}; upgrade the {'client' if older else 'server'}",
-        )
-    return max(common)
-
-
-def _list(versions: Iterable[int]) -> str:
-    return ", ".join(map(str, versions)) or "none"
-
-
-def _check_name(client: str) -> None:
-    if not client or len(client) > 200 or not client.isprintable():
-        raise Denied("INVALID_ARGUMENT", f"{client[:80]!r} is no client name: 1 to 200 printable characters; set --id")

@@ -4,28 +4,37 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from shoal.protos import fleet_pb2 as wire
 from shoal.protos.errors import ShoalError
-from shoal.protos.messages import Failure
+from shoal.protos.messages import Failure, Kind
 from shoal.server.journal import Journal
 from shoal.server.spool import Incoming
 
 __all__ = [
     "Answered",
+    "Asked",
     "Assigned",
     "Blob",
     "Call",
     "Denied",
+    "Disk",
     "Event",
     "Failed",
     "Joined",
     "Left",
+    "Moved",
+    "News",
+    "Opened",
     "Order",
+    "Over",
+    "Recorded",
     "Refused",
+    "Repeated",
     "Session",
+    "Uncounted",
 ]
 
 
@@ -39,11 +48,12 @@ class Denied(ShoalError):
 
 @dataclass(frozen=True)
 class Answered:
-    """A checked answer is in the journal, its payload in a file of it."""
+    """A checked answer is in the journal, its payload in a file of it; to check and store it took ``seconds``."""
 
     nonce: str
     client: str
     header: bytes
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -75,6 +85,73 @@ class Refused:
 
 
 Event = Answered | Failed | Joined | Left | Refused
+
+
+@dataclass(frozen=True)
+class Asked:
+    """An order is out; calls that are ``taken`` need no answer any more."""
+
+    order: Order
+    calls: Sequence[Call]
+
+
+@dataclass(frozen=True)
+class Over:
+    """An order has ended; who has not answered it need not any more."""
+
+    order: Order
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """An answer that was taken already was committed again."""
+
+    nonce: str
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Bytes of tensors and assignments, from clients (``up``) or to them."""
+
+    up: int = 0
+    down: int = 0
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Why the disk takes no more; None: it does again."""
+
+    refuses: str | None
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A run has begun, or goes on after ``round``; its first round waits for ``wanted`` clients."""
+
+    run: str
+    folder: str
+    rounds: int
+    round: int
+    wanted: int
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A round stands, with its line of metrics."""
+
+    round: int
+    numbers: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Uncounted:
+    """The coordinator could not count an answer, or hears of a failure."""
+
+    failure: Failure
+
+
+# What watchers hear beside the events, from the hub or from the coordinator.
+News = Event | Asked | Over | Repeated | Moved | Disk | Opened | Recorded | Uncounted
 
 
 @dataclass(frozen=True)
@@ -111,6 +188,7 @@ class Order:
     journal: Journal
     lease: float
     ends: float | None = None
+    kind: Kind = Kind.TRAIN
 
 
 @dataclass(frozen=True)
@@ -128,13 +206,14 @@ class Call:
 
 @dataclass
 class Assigned:
-    """One client's part of an order."""
+    """One client's part of an order. ``begun``: a heartbeat said that the client is at it."""
 
     nonce: str
     client: str
     counted: int
     order: Order
     since: float
+    begun: bool = False
     incoming: Incoming | None = None
     committing: asyncio.Future[wire.Receipt] | None = None  # from then on nobody else may fail or withdraw it
 
@@ -153,13 +232,15 @@ class Assigned:
 
 @dataclass(eq=False)
 class Session:
-    """One connection of one client."""
+    """One connection of one client, there ``since`` a time of the monotonic clock and last ``seen`` at another."""
 
     token: str
     client: str
     instance: str
     peer: str
+    since: float
     seen: float
+    fetched: bytes = b""  # what the client last wanted to have
     outgoing: asyncio.Queue[wire.ConnectReply | None] = field(default_factory=asyncio.Queue)
 
     def send(self, reply: wire.ConnectReply) -> None:

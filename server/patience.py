@@ -23,11 +23,16 @@ class Patience:
     """Called with what writes, it tries until the disk takes it. ``tell`` hears when it begins and ends to wait.
 
     ``record`` gets it for the log when it is over (before, the log could not be written): why the disk refused, and for
-    how many seconds.
+    how many seconds. ``refused`` hears at once why the disk takes no more, and None when it does again.
     """
 
-    def __init__(self, tell: Callable[[str], None], record: Callable[[str, float], None] = lambda why, s: None) -> None:
-        self._tell, self._record = tell, record
+    def __init__(
+        self,
+        tell: Callable[[str], None],
+        record: Callable[[str, float], None] = lambda why, seconds: None,
+        refused: Callable[[str | None], None] = lambda reason: None,
+    ) -> None:
+        self._tell, self._record, self._refused = tell, record, refused
 
     def __call__(self, write: Callable[[], T]) -> T:
         waited: float | None = None
@@ -40,10 +45,12 @@ class Patience:
                     raise
                 if waited is None:
                     waited, why = time.monotonic(), str(error)
+                    self._refused(error.strerror or str(error))
                     self._tell(f"the disk takes no more ({error}); nothing is lost, the run goes on when it does")
                 time.sleep(PAUSE)
             else:
                 if waited is not None:
+                    self._refused(None)
                     self._tell("the disk takes what is written again")
                     self._record(why, time.monotonic() - waited)
                 return done

@@ -208,7 +208,7 @@ class RemoteFleet:
 
         ends = None if ask.deadline is None else time.monotonic() + ask.deadline
         payload = Blob(sha256, buffers)
-        return Order(terms.run, round, self._assignment, header, payload, check, self._journal, terms.lease, ends)
+        return Order(terms.run, round, self._assignment, header, payload, check, self._journal, terms.lease, ends, kind)
 
     def _next(self) -> Event | None:
         """The next event, or None after a moment: the caller's thread must be able to hear an interrupt."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from functools import partial
 from typing import Any, TypeVar
 from urllib.parse import quote
 
@@ -14,11 +15,12 @@ from grpc import aio
 
 from shoal.protos import fleet_pb2 as wire
 from shoal.protos.errors import CodecError
-from shoal.protos.transport import SERVICE, chunks
+from shoal.protos.transport import BOARD, SERVICE, chunks
+from shoal.server.board import Board
 from shoal.server.hub import Hub
-from shoal.server.orders import Denied, Session
+from shoal.server.orders import Denied, Disk, Moved, Session
 
-__all__ = ["handlers"]
+__all__ = ["board_handlers", "handlers"]
 
 M = TypeVar("M", bound=Message)
 T = TypeVar("T")
@@ -31,17 +33,28 @@ LONGEST = 4000  # characters of an error on the wire: a longer one does not fit 
 
 def handlers(hub: Hub) -> grpc.GenericRpcHandler:
     """The service as gRPC wants it. Requests come as bytes, so that what cannot be parsed is answered with a reason."""
-    service = _Service(hub)
+    service, denying = _Service(hub), partial(_denying, hub=hub)
     return grpc.method_handlers_generic_handler(
         SERVICE,
         {
-            "Connect": grpc.stream_stream_rpc_method_handler(_denying(service.connect)),
-            "Download": grpc.unary_stream_rpc_method_handler(_denying(service.download)),
-            "Begin": grpc.unary_unary_rpc_method_handler(_denying(service.begin)),
-            "Upload": grpc.stream_unary_rpc_method_handler(_denying(service.upload)),
-            "Commit": grpc.unary_unary_rpc_method_handler(_denying(service.commit)),
+            "Connect": grpc.stream_stream_rpc_method_handler(denying(service.connect)),
+            "Download": grpc.unary_stream_rpc_method_handler(denying(service.download)),
+            "Begin": grpc.unary_unary_rpc_method_handler(denying(service.begin)),
+            "Upload": grpc.stream_unary_rpc_method_handler(denying(service.upload)),
+            "Commit": grpc.unary_unary_rpc_method_handler(denying(service.commit)),
         },
     )
+
+
+def board_handlers(board: Board) -> grpc.GenericRpcHandler:
+    """The second service: what the server shows to those who run it."""
+
+    async def status(request: bytes, context: Context) -> bytes:
+        _parse(wire.StatusRequest, request)
+        return board.status().SerializeToString()
+
+    denying = partial(_denying, hub=board.hub)
+    return grpc.method_handlers_generic_handler(BOARD, {"Status": grpc.unary_unary_rpc_method_handler(denying(status))})
 
 
 class _Service:
@@ -83,6 +96,7 @@ class _Service:
                 # Each chunk is a sign of life; and the end, if the connection or the round is over.
                 self._hub.blob(self._hub.session(wanted.session), wanted.sha256)
                 await place.while_waiting(context.write(chunk.SerializeToString()))
+                self._hub.tell(Moved(down=len(chunk.data)))
 
     async def begin(self, request: bytes, context: Context) -> bytes:
         asked = _parse(wire.BeginRequest, request)
@@ -98,6 +112,7 @@ class _Service:
                     offset = await incoming.append(piece.chunk)
                 except CodecError as error:  # not the answer's end: the client goes on from where it was right
                     raise Denied("ABORTED", str(error)) from error
+                self._hub.tell(Moved(up=len(piece.chunk.data)))
                 request = await place.while_waiting(_next(requests))
                 if request is None:
                     return wire.UploadReply(offset=offset).SerializeToString()
@@ -185,11 +200,13 @@ async def _abort(context: Context, error: Denied | CodecError | OSError) -> None
     await context.abort(getattr(grpc.StatusCode, code), text)
 
 
-def _denying(call: Callable[[Any, Context], Awaitable[Any]]) -> Callable[[Any, Context], Awaitable[Any]]:
+def _denying(call: Callable[[Any, Context], Awaitable[Any]], hub: Hub) -> Callable[[Any, Context], Awaitable[Any]]:
     async def handler(request: Any, context: Context) -> Any:
         try:
             return await call(request, context)
         except (Denied, CodecError, OSError) as error:
+            if isinstance(error, OSError):  # the disk does not take what the client sent
+                hub.tell(Disk(error.strerror or str(error)))
             return await _abort(context, error)
         except aio.InternalError as error:  # the peer hung up while it was written to: as if cancelled
             raise asyncio.CancelledError from error

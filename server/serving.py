@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import logging
 import queue
 import socket
 import threading
@@ -18,9 +19,11 @@ from grpc import aio
 from shoal.protos import fleet_pb2 as wire
 from shoal.protos.errors import ConnectionRefused
 from shoal.protos.transport import SERVER, Address, Certificates
+from shoal.server.board import Board
+from shoal.server.health import Health
 from shoal.server.hub import Hub
-from shoal.server.orders import Event
-from shoal.server.service import handlers
+from shoal.server.orders import Event, News
+from shoal.server.service import board_handlers, handlers
 
 __all__ = ["Serving"]
 
@@ -32,7 +35,8 @@ PARTING = 2.0  # seconds for clients to hear the goodbye
 class Serving:
     """Listens from the moment it is made until :meth:`close`. :attr:`events` is all that comes back.
 
-    ``service`` answers the calls. ConnectionRefused if the address cannot be had.
+    ``service`` answers the calls. :attr:`watchers` hear all news, on the loop; the :attr:`board` is the first of them.
+    ConnectionRefused if the address cannot be had.
     """
 
     def __init__(
@@ -46,7 +50,9 @@ class Serving:
         self.address, self._certificates, self._service = address, certificates, service
         _check_free(address)
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self.hub = Hub(self.events.put, heartbeat)
+        self.hub = Hub(self._spread, heartbeat)
+        self.board = Board(self.hub)
+        self.watchers: list[Callable[[News], None]] = [self.board.hear]
         self._goodbye = (wire.Goodbye.COME_BACK, "the server stops")
         started: Future[int] = Future()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._main(started)), name="shoal-grpc", daemon=True)
@@ -60,7 +66,9 @@ class Serving:
     async def _main(self, started: Future[int]) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
         server = aio.server(options=SERVER)
-        server.add_generic_rpc_handlers((self._service(self.hub),))
+        self._health = Health()
+        server.add_generic_rpc_handlers((self._service(self.hub), board_handlers(self.board)))
+        self._health.add_to(server)
         try:
             if self._certificates is None:
                 port = server.add_insecure_port(str(self.address))
@@ -74,6 +82,8 @@ class Serving:
         ticking = asyncio.create_task(self._tick())
         await self._stop.wait()
         ticking.cancel()
+        self._drain()
+        self._health.close()
         advice, reason = self._goodbye
         self.hub.close(reason, advice)
         await server.stop(PARTING)
@@ -83,20 +93,45 @@ class Serving:
             await asyncio.sleep(TICK)
             self.hub.tick()
 
-    def call(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Run a function of the hub on its loop, from any other thread."""
+    def _spread(self, news: News) -> None:
+        """To the coordinator what it waits for, to the watchers everything; one that fails harms nobody else."""
+        if isinstance(news, Event):
+            self.events.put(news)
+        for watch in self.watchers:
+            try:
+                watch(news)
+            except Exception:
+                logging.getLogger("shoal").exception("a watcher of the server has failed")
+
+    def tell(self, news: News) -> None:
+        """What the coordinator has to say to the watchers; from any thread, and returns at once."""
+        self._soon(self._spread, news)
+
+    def drain(self) -> None:
+        """Show that the server is about to stop; from any thread, and from a signal's handler."""
+        self._soon(self._drain)
+
+    def _drain(self) -> None:
+        self.board.draining = True
+        self._health.drain()
+
+    def _soon(self, function: Callable[..., object], *arguments: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(function, *arguments)
+
+    def call(self, function: Callable[..., T], *arguments: Any, timeout: float | None = None) -> T:
+        """Run a function of the hub on its loop, from any other thread; TimeoutError if that takes too long."""
 
         async def run() -> T:
             return function(*arguments)
 
-        return asyncio.run_coroutine_threadsafe(run(), self._loop).result()
+        return asyncio.run_coroutine_threadsafe(run(), self._loop).result(timeout)
 
     def close(self, finished: bool = False) -> None:
         """Say goodbye and stop; may be called twice."""
         if finished:
             self._goodbye = (wire.Goodbye.FINISHED, "all runs are finished")
-        with contextlib.suppress(RuntimeError):  # the loop is closed
-            self._loop.call_soon_threadsafe(self._stop.set)
+        self._soon(self._stop.set)
         self._thread.join()
 
 

@@ -95,6 +95,9 @@ def server(
     lease: Annotated[float, typer.Option(help="Seconds without a sign after which a client's task is lost.")] = 90.0,
     heartbeat: Annotated[float, typer.Option(help="Seconds between two signs of a client.")] = 30.0,
     sync: Annotated[bool, typer.Option(help="Let receipts wait for the disk: no power cut loses an update.")] = True,
+    http: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Show /metrics and /healthz there.", show_default="nowhere")
+    ] = None,
     anew: Annotated[bool, typer.Option("--anew", help="Do not go on with what this command has begun.")] = False,
     out: Out = Path("runs"),
     as_json: AsJson = False,
@@ -108,7 +111,8 @@ def server(
     if not files:
         raise ExperimentError("there is nothing to serve; name at least one experiment file")
     loaded = [Experiment.from_file(file, overrides) for file in files]
-    door = Door(listen, None if tls is None else str(tls.resolve()), insecure, force, wait_for, lease, heartbeat, sync)
+    certificates = None if tls is None else str(tls.resolve())
+    door = Door(listen, certificates, insecure, force, wait_for, lease, heartbeat, sync, http)
     runs = serve(loaded, door, out=out, progress="json" if as_json else "auto", anew=anew)
     raise typer.Exit(0 if all(run.status == "finished" for run in runs) and len(runs) == len(loaded) else 130)
 
@@ -148,6 +152,27 @@ def client(
         *(state, workers, device, once, patience),
     )
     take_part(request)
+
+
+@app.command()
+def status(
+    server: Annotated[str, typer.Argument(metavar="HOST:PORT", help="The server, as its clients call it.")],
+    tls: Tls = None,
+    insecure: Insecure = False,
+    force: Force = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Look again each second, until Ctrl-C.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what goes on at a server: its round, its clients, what fails. Exit code 1 if its disk takes no more."""
+    from shoal.protos.transport import Address, check_exposure
+    from shoal.status import look
+    from shoal.status import watch as keep_looking
+
+    address = Address.parse(server)
+    certificates = check_exposure(address, tls, insecure, force)
+    if watch:
+        return keep_looking(address, certificates, as_json)
+    raise typer.Exit(look(address, certificates, as_json))
 
 
 data_app = typer.Typer(no_args_is_help=True, help="Data of an experiment.")

@@ -34,8 +34,8 @@ class Execution:
 
     ``engine``, ``population`` and ``shards`` are what is shown of the clients. ``ready`` is called before the first
     round and returns when it may begin. ``watch`` makes those who are told of everything before folder and display
-    are, given the value from which the run goes on. ``grace`` is how many seconds a round gets to end after an
-    interrupt; None: any time.
+    are, given the value from which the run goes on; ``observers`` are told after them. ``grace`` is how many seconds a
+    round gets to end after an interrupt, of which ``stopping`` hears; None: any time.
     """
 
     composition: Composition
@@ -47,7 +47,9 @@ class Execution:
     shards: Mapping[str, float] = field(default_factory=dict)
     ready: Callable[[Coordinator], None] = lambda coordinator: None
     watch: Callable[[Checkpoint], Sequence[Observer]] = lambda point: ()
+    observers: Sequence[Observer] = ()
     grace: float | None = None
+    stopping: Callable[[], None] = lambda: None
 
     def run(self, point: Checkpoint) -> Run:
         """To the end or to an interrupt; the summary says which, whatever happens."""
@@ -60,9 +62,10 @@ class Execution:
             show.starting(opening)
             with closing(self.make_fleet()) as fleet:
                 fleet.keep_in(folder.path)
-                coordinator = self.composition.coordinator(fleet, point, [*self.watch(point), folder, show])
+                watchers = self.watch(point)
+                coordinator = self.composition.coordinator(fleet, point, [*watchers, folder, show, *self.observers])
                 try:
-                    with _interruptible(coordinator, show, self.grace):
+                    with _interruptible(coordinator, show, self.grace, self.stopping):
                         self.ready(coordinator)
                         point = coordinator.run()
                 finally:
@@ -91,7 +94,9 @@ def come_back(composition: Composition, folder: RunFolder) -> Checkpoint:
 
 
 @contextmanager
-def _interruptible(coordinator: Coordinator, show: Display, grace: float | None) -> Iterator[None]:
+def _interruptible(
+    coordinator: Coordinator, show: Display, grace: float | None, stopping: Callable[[], None]
+) -> Iterator[None]:
     """First Ctrl-C (or SIGTERM): stop after this round. Second, or the end of the grace: abandon it.
 
     Never in the middle of a commit.
@@ -102,6 +107,7 @@ def _interruptible(coordinator: Coordinator, show: Display, grace: float | None)
             raise KeyboardInterrupt
         if not coordinator.stopping:
             coordinator.stop()
+            stopping()
             show.note("stopping after this round; Ctrl-C again to abandon it")
         if grace is not None:
             signal.setitimer(signal.ITIMER_REAL, grace, 0.1)  # again at once if it comes during a commit

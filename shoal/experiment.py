@@ -135,6 +135,7 @@ class Experiment:
         force: bool = False,
         wait_for: int | None = None,
         lease: float = 90.0,
+        http: str | None = None,
         out: str | Path = "runs",
         anew: bool = False,
         progress: str = "auto",
@@ -145,7 +146,7 @@ class Experiment:
         """
         from shoal.serve import Door, serve  # as above
 
-        door = Door(listen, None if tls is None else str(tls), insecure, force, wait_for, lease)
+        door = Door(listen, None if tls is None else str(tls), insecure, force, wait_for, lease, http=http)
         return serve([self], door, out=Path(out), progress=progress, anew=anew)[0]
 
     def make_model(self, data: FederatedData | None) -> _Maker:

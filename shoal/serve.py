@@ -10,7 +10,6 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 from shoal.compose import Composition
 from shoal.docket import Docket
@@ -21,13 +20,15 @@ from shoal.protos.errors import ExperimentError
 from shoal.protos.transport import Address, Certificates, check_exposure
 from shoal.run import Run
 from shoal.server.audit import Audit
+from shoal.server.board import called_from
 from shoal.server.checkpoints import Checkpoint
 from shoal.server.coordinator import Coordinator, Observer, updates_needed
 from shoal.server.fleet import Fleet
 from shoal.server.journal import Journal
-from shoal.server.orders import Event, Joined, Left, Refused
+from shoal.server.orders import Disk, Event, Joined, Left, Opened, Refused
 from shoal.server.patience import Patience
 from shoal.server.remote import RemoteFleet, Terms
+from shoal.server.reporter import Reporter
 from shoal.server.runs import RunFolder
 from shoal.server.serving import Serving
 
@@ -43,7 +44,8 @@ class Door:
 
     ``wait_for`` is how many must be connected before the first round (None: a cohort); ``lease`` how many seconds the
     server waits for a sign of a client that is gone. Clients give a sign every ``heartbeat`` seconds, and at least
-    three a lease. Without ``sync`` no receipt waits for the disk.
+    three a lease. Without ``sync`` no receipt waits for the disk. ``http`` is where metrics and health are shown
+    (``HOST:PORT``, or a port of this machine's own).
     """
 
     listen: str
@@ -54,6 +56,7 @@ class Door:
     lease: float = 90.0
     heartbeat: float = 30.0
     sync: bool = True
+    http: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("lease", "heartbeat"):
@@ -65,10 +68,24 @@ class Door:
         address = Address.parse(self.listen)
         return address, check_exposure(address, None if self.tls is None else Path(self.tls), self.insecure, self.force)
 
-    def open(self) -> Serving:
+    def show_at(self) -> Address | None:
+        """Where metrics and health are shown; ConnectionRefused if that is no address."""
+        if self.http is None:
+            return None
+        return Address.parse(f"127.0.0.1:{self.http}" if self.http.isdecimal() else self.http)
+
+    @contextmanager
+    def open(self) -> Iterator[Serving]:
         """Listen; ConnectionRefused if that is not possible."""
-        address, certificates = self.place()
-        return Serving(address, certificates, heartbeat=min(self.heartbeat, self.lease / 3))
+        (address, certificates), shown = self.place(), self.show_at()
+        with closing(Serving(address, certificates, heartbeat=min(self.heartbeat, self.lease / 3))) as serving:
+            if shown is None:
+                yield serving
+                return
+            from shoal.server.monitor import Monitor
+
+            with closing(Monitor(shown, serving)):
+                yield serving
 
     def clients_needed(self, experiment: Experiment) -> int:
         """How many clients to wait for; ExperimentError if so few could never make a round."""
@@ -85,7 +102,7 @@ def serve(experiments: Sequence[Experiment], door: Door, *, out: Path, progress:
     Everything is checked before the first client is let in. Called again after whatever ended it, it goes on with what
     it had begun, unless ``anew``. After an interrupt the experiments that are left are not begun.
     """
-    door.place()
+    door.place(), door.show_at()
     # A round with devices is dearer than a checkpoint.
     compositions = [Composition(replace(experiment, checkpoint_every=1)) for experiment in experiments]
     for composition in compositions:
@@ -93,7 +110,7 @@ def serve(experiments: Sequence[Experiment], door: Door, *, out: Path, progress:
         door.clients_needed(composition.experiment)
     texts = [composition.experiment.toml() for composition in compositions]
     runs, shows = list[Run](), [display(progress) for _ in compositions]
-    with closing(Docket(out, texts, door.listen, anew)) as docket, _open(door) as serving:
+    with closing(Docket(out, texts, door.listen, anew)) as docket, door.open() as serving:
         for number, (composition, show) in enumerate(zip(compositions, shows, strict=True)):
             with closing(docket.folder(number, composition.experiment.name)) as folder:
                 folder.claim()
@@ -132,26 +149,21 @@ def _swept(run: Run) -> Run:
 def served(composition: Composition, folder: RunFolder, recorded: dict[str, Any], show: Display) -> Iterator[Execution]:
     """A run that was served before, at the same address and with the same name to its clients."""
     door = Door(**recorded["served"])
-    with _open(door) as serving:
+    with door.open() as serving:
         yield _execution(composition, folder, serving, door, recorded["run"], show)
         if _swept(Run(folder.path)).status == "finished":
             serving.close(finished=True)
-
-
-@contextmanager
-def _open(door: Door) -> Iterator[Serving]:
-    serving = door.open()
-    try:
-        yield serving
-    finally:
-        serving.close()
 
 
 def _execution(
     composition: Composition, folder: RunFolder, serving: Serving, door: Door, run: str, show: Display
 ) -> Execution:
     needed, roster = door.clients_needed(composition.experiment), _Roster(folder, show)
-    folder.patience = Patience(show.note, lambda why, seconds: folder.log("disk refused", reason=why, seconds=seconds))
+    folder.patience = Patience(
+        show.note,
+        lambda why, seconds: folder.log("disk refused", reason=why, seconds=seconds),
+        lambda reason: serving.tell(Disk(reason)),
+    )
     fleets = list[RemoteFleet]()
 
     def make_fleet() -> Fleet:
@@ -163,6 +175,8 @@ def _execution(
         return fleets[0]
 
     def ready(coordinator: Coordinator) -> None:
+        rounds, point = composition.experiment.rounds, coordinator.point.round
+        serving.tell(Opened(run, str(folder.path), rounds, point, needed))
         if fleets[0].recall(coordinator.point.round + 1) is None:  # a round that was begun goes on with who comes
             fleets[0].wait_for(needed, lambda present: show.waiting(present, needed), lambda: coordinator.stopping)
         roster.quiet = len(fleets[0].reachable) > FEW
@@ -172,12 +186,14 @@ def _execution(
 
     way = "mutual TLS" if door.tls else "plain text"
     engine = f"clients over gRPC at {serving.address}, {way}"
-    return Execution(composition, folder, show, engine, needed, make_fleet, ready=ready, watch=watch, grace=GRACE)
-
-
-def _address(peer: str) -> str:
-    """gRPC's ``ipv4:127.0.0.1:41948`` as people write it."""
-    return unquote(peer.partition(":")[2]) if peer.startswith(("ipv4:", "ipv6:")) else peer
+    return Execution(
+        *(composition, folder, show, engine, needed, make_fleet),
+        ready=ready,
+        watch=watch,
+        observers=[Reporter(serving)],
+        grace=GRACE,
+        stopping=serving.drain,
+    )
 
 
 class _Roster:
@@ -189,13 +205,15 @@ class _Roster:
     def hear(self, event: Event) -> None:
         if isinstance(event, Joined):
             self._folder.log("joined", client=event.client, peer=event.peer, identity=event.identity or None)
-            self._note(f"client {event.client!r} joined from {_address(event.peer)}")
+            self._note(f"client {event.client!r} joined from {called_from(event.peer)}")
         elif isinstance(event, Left):
             self._folder.log("left", client=event.client, reason=event.reason)
             self._note(f"client {event.client!r} left: {event.reason}")
         elif isinstance(event, Refused):
             self._folder.log("refused", client=event.client, peer=event.peer, identity=event.identity or None)
-            self._note(f"{event.identity!r} at {_address(event.peer)} is refused: client {event.client!r} is another's")
+            self._note(
+                f"{event.identity!r} at {called_from(event.peer)} is refused: client {event.client!r} is another's"
+            )
 
     def _note(self, text: str) -> None:
         if not self.quiet:

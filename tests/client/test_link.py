@@ -116,8 +116,8 @@ async def test_nothing_listens() -> None:
     address = nobody()
 
     assert await given_up(address) == (
-        f"nothing answers at {address} (TCP: Connection refused); start 'shoal server' there, or correct --connect or "
-        f"the firewall"
+        f"nothing answers at {address} (TCP: Connection refused); start 'shoal server' there, or correct the "
+        f"address or the firewall"
     )
 
 
@@ -140,7 +140,7 @@ async def test_a_server_of_another_service(serve: Serve) -> None:
 
     address = serve(service=lambda hub: Nothing()).address
 
-    assert await given_up(address, None) == f"what answers at {address} is no Shoal server; correct --connect"
+    assert await given_up(address, None) == f"what answers at {address} is no Shoal server; correct the address"
 
 
 @pytest.mark.slow
