@@ -20,7 +20,20 @@ from shoal.server.journal import Journal
 from shoal.server.orders import Blob, Call, Order
 from shoal.server.serving import Serving
 
-__all__ = ["BIG", "Status", "Wait", "an_update", "ask", "call", "journal_of", "keep", "packed", "refused", "slowly"]
+__all__ = [
+    "BIG",
+    "Status",
+    "Wait",
+    "an_order",
+    "an_update",
+    "ask",
+    "call",
+    "journal_of",
+    "keep",
+    "packed",
+    "refused",
+    "slowly",
+]
 
 Status = grpc.StatusCode
 Wait = Callable[[Serving, type[Any]], Any]

@@ -27,8 +27,8 @@ from shoal.server.reporter import Reporter
 from shoal.server.serving import Serving
 from shoal.strategies.selectors import Uniform
 from tests.server import asking
+from tests.server.asking import an_order, packed
 from tests.server.test_remote import INITIAL, STRATEGY, House, an_ask, an_update
-from tests.server.test_service import an_order, packed
 
 if TYPE_CHECKING:
     from tests.server.conftest import Join, Serve

@@ -22,9 +22,8 @@ from shoal.protos.transport import Address
 from shoal.server.monitor import CALLERS, Monitor
 from shoal.server.orders import Opened, Recorded
 from shoal.server.serving import Serving
-from tests.server.asking import call
+from tests.server.asking import an_order, call
 from tests.server.test_remote import House, an_ask, an_update
-from tests.server.test_service import an_order
 
 if TYPE_CHECKING:
     from tests.server.conftest import Join, Serve
