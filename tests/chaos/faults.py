@@ -32,13 +32,14 @@ Strike = Callable[[Stage], Awaitable[Blow | None]]
 class Fault:
     """``strike`` gives None if the run was over before.
 
-    The marks say where a fault makes sense: in a ``lenient`` world, with ``tls``, with a strategy whose clients keep a
-    state, in a trial that may take ``long``.
+    ``rows`` are those of :mod:`tests.chaos.catalogue` that it shows. The marks say where a fault makes sense: in a
+    ``lenient`` world, with ``tls``, with a strategy whose clients keep a state, in a trial that may take ``long``.
     """
 
     name: str
     group: str
     strike: Strike
+    rows: tuple[int, ...] = ()
     lenient: bool = False
     tls: bool = False
     stateful: bool = False

@@ -9,7 +9,20 @@ from tests.chaos.faults import Blow, soon
 from tests.chaos.proxy import Way, Weather
 from tests.chaos.stage import Stage
 
-__all__ = ["cut_all", "cut_one", "flipped", "half_open", "late", "refused", "slow", "stalled", "torn"]
+__all__ = [
+    "cut_all",
+    "cut_one",
+    "flipped",
+    "forgotten",
+    "half_open",
+    "late",
+    "losing",
+    "refused",
+    "refused_long",
+    "slow",
+    "stalled",
+    "torn",
+]
 
 FRAME = 4000  # bytes, within which a connection is torn: a few HTTP/2 frames
 
@@ -27,9 +40,18 @@ async def cut_one(stage: Stage) -> Blow | None:
 
 
 async def refused(stage: Stage) -> Blow | None:
+    return await _refused(stage, 0.5, 6)
+
+
+async def refused_long(stage: Stage) -> Blow | None:
+    """For most of a lease; clients call again with longer and longer pauses."""
+    return await _refused(stage, 20, 60)
+
+
+async def _refused(stage: Stage, least: float, most: float) -> Blow | None:
     stage.proxy.refusing = True
     stage.proxy.cut()
-    await asyncio.sleep(stage.rng.uniform(0.5, 6))
+    await asyncio.sleep(stage.rng.uniform(least, most))
     stage.proxy.clear()
     return Blow(time.monotonic())
 
@@ -45,6 +67,15 @@ async def stalled(stage: Stage) -> Blow | None:
 async def half_open(stage: Stage) -> Blow | None:
     await soon(stage)
     stage.proxy.silence(stage.rng.choice((1, None)))
+    return Blow(time.monotonic(), stage.world.names)
+
+
+async def forgotten(stage: Stage) -> Blow | None:
+    """Packets of connections that stand go nowhere; new ones come from other ports. It strikes when a chunk is there."""
+    since = time.monotonic()
+    there = lambda: bool(stage.trace.of("chunk", since)) or stage.over  # noqa: E731
+    await stage.until(there, stage.patience, "no chunk")
+    stage.proxy.silence()
     return Blow(time.monotonic(), stage.world.names)
 
 
@@ -65,6 +96,13 @@ async def flipped(stage: Stage) -> Blow | None:
 async def slow(stage: Stage) -> Blow | None:
     stage.proxy.set(Weather(rate=stage.rng.uniform(3_000, 30_000)), stage.rng.choice(tuple(Way)))
     await asyncio.sleep(stage.rng.uniform(1, 5))
+    stage.proxy.clear()
+    return Blow(time.monotonic())
+
+
+async def losing(stage: Stage) -> Blow | None:
+    stage.proxy.set(Weather(loss=0.3))
+    await asyncio.sleep(stage.rng.uniform(2, 8))
     stage.proxy.clear()
     return Blow(time.monotonic())
 

@@ -17,6 +17,7 @@ from enum import StrEnum
 __all__ = ["Proxy", "Way", "Weather"]
 
 PIECE = 2**14  # bytes read at once: small, so that a change of weather takes effect at once
+RETRANSMIT = 0.2  # seconds until TCP sends a lost packet again, the least that Linux waits; twice as long each time
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER of no time: closing sends RST, as a router does that lost its table
 
 
@@ -32,7 +33,8 @@ class Weather:
     """What happens to bytes in one direction; the default is a good network.
 
     ``delay`` and ``jitter`` are seconds added to each piece. ``flips`` is the chance of a byte to have one bit turned.
-    ``rate`` is bytes a second, as a reader takes them that is slow. ``stalled`` holds bytes back until it ends.
+    ``rate`` is bytes a second, as a reader takes them that is slow. ``stalled`` holds bytes back until it ends. ``loss``
+    is the chance of a piece to be lost, which TCP shows as a pause: it is sent again, later and later, and all behind it wait.
     """
 
     delay: float = 0.0
@@ -40,6 +42,7 @@ class Weather:
     flips: float = 0.0
     rate: float | None = None
     stalled: bool = False
+    loss: float = 0.0
 
 
 FINE = Weather()
@@ -209,6 +212,10 @@ class Proxy:
         if self.weather[pipe.way].delay or self.weather[pipe.way].jitter:
             now = self.weather[pipe.way]
             await asyncio.sleep(now.delay + now.jitter * self._rng.random())
+        pause = RETRANSMIT
+        while (loss := self.weather[pipe.way].loss) and self._rng.random() < loss:
+            await asyncio.sleep(pause)
+            pause *= 2
         while self.weather[pipe.way].stalled:
             await self._changed.wait()
         now = self.weather[pipe.way]

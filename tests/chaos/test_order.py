@@ -40,6 +40,7 @@ def receipts(events: Sequence[Mapping[str, Any]]) -> dict[str, int]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
+@pytest.mark.fault(4)
 def test_bytes_folder_journal_and_receipt_come_in_this_order(tmp_path: Path) -> None:
     events = asyncio.run(served(tmp_path, order=True)).trace.events
     found = receipts(events)
@@ -64,6 +65,7 @@ def _path(event: Mapping[str, Any]) -> str:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.skipif(STRACE is None, reason="strace is not installed")
+@pytest.mark.fault(4)
 def test_the_system_is_asked_to_sync_the_journal_before_each_receipt(tmp_path: Path) -> None:
     log = tmp_path / "calls"
     traced = (str(STRACE), "-D", "-f", "-y", "-qq", "-s", "400", "-e", "trace=fsync,fdatasync,write", "-o", str(log))

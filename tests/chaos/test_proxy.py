@@ -175,10 +175,12 @@ def test_nobody_gets_in_while_it_refuses() -> None:
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("weather", [Weather(rate=50_000), Weather(delay=0.2)], ids=["slow", "late"])
+@pytest.mark.parametrize(
+    "weather", [Weather(rate=50_000), Weather(delay=0.2), Weather(loss=0.5)], ids=["slow", "late", "losing"]
+)
 def test_slow_and_late_bytes_take_their_time(weather: Weather) -> None:
     async def main() -> None:
-        async with through() as (proxy, connect):
+        async with through(1) as (proxy, connect):
             proxy.set(weather, Way.UP)
             began = time.monotonic()
             assert await echoed(await connect()) == SENT

@@ -91,6 +91,7 @@ async def event(serving: Serving, kind: type[E]) -> E:
             return found
 
 
+@pytest.mark.fault(23)
 async def test_a_process_that_dies_over_a_task_is_the_clients_failure(
     serve: Serve, take_part: Join, tmp_path: Path
 ) -> None:
@@ -104,6 +105,7 @@ async def test_a_process_that_dies_over_a_task_is_the_clients_failure(
     assert failed.failure.reason.startswith("client 'a' lost the process that trained it (exit code 3); ")
 
 
+@pytest.mark.fault(1)
 async def test_an_answer_that_was_ready_before_a_restart_is_delivered_as_it_was(
     serve: Serve, take_part: Join, tmp_path: Path
 ) -> None:

@@ -164,6 +164,7 @@ async def test_a_shoal_server_that_does_not_answer_the_hello(serve: Serve, monke
 
 
 @pytest.mark.slow
+@pytest.mark.fault(5)
 async def test_without_patience_it_waits_for_a_server(serve: Serve, connect: Connect, tmp_path: Path) -> None:
     address = nobody()
     async with connect(address) as link:
@@ -223,12 +224,14 @@ async def test_a_name_that_the_server_does_not_take(serve: Serve, client: str) -
         await link.run(once=False, patience=None)
 
 
+@pytest.mark.fault(22)
 async def test_a_server_of_another_version(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shoal.client.link.VERSIONS", (9,))
 
     assert (await given_up(serve().address, None)).endswith("upgrade the server")
 
 
+@pytest.mark.fault(22)
 async def test_a_server_that_chooses_a_version_nobody_offered(serve: Serve) -> None:
     async def connect(requests: Any, context: Any) -> AsyncIterator[wire.ConnectReply]:
         yield welcome(version=7)
@@ -283,6 +286,7 @@ async def test_the_next_server_at_the_address_is_joined(serve: Serve, connect: C
 
 
 @pytest.mark.slow
+@pytest.mark.fault(5)
 async def test_a_connection_that_breaks_is_made_again_and_each_break_is_told(
     serve: Serve, between: Between, connect: Connect
 ) -> None:
@@ -298,6 +302,7 @@ async def test_a_connection_that_breaks_is_made_again_and_each_break_is_told(
     assert len(sessions) == 3
 
 
+@pytest.mark.fault(5)
 async def test_heartbeats_without_an_answer_are_the_end_of_a_connection(serve: Serve, connect: Connect) -> None:
     async def answer(requests: Any, context: Any) -> AsyncIterator[wire.ConnectReply]:
         yield welcome(heartbeat=0.05)

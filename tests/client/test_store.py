@@ -91,6 +91,7 @@ def test_rounds_beyond_five_digits_are_sorted_as_numbers(states: Path) -> None:
     assert rounds(states) == [99_999, 100_000, 100_001]
 
 
+@pytest.mark.fault(2)
 def test_what_a_killed_process_left_half_written_is_no_state(states: Path) -> None:
     keep_state(states, 1, b"whole")
     for name in (".00002.part", "00002.part", "notes"):
@@ -186,6 +187,7 @@ def test_an_answer_is_there_when_both_its_parts_are(outbox: Outbox) -> None:
 
 
 @pytest.mark.parametrize("call", [1, 2])
+@pytest.mark.fault(2)
 def test_an_answer_that_was_not_written_to_its_end_is_not_there(
     outbox: Outbox, monkeypatch: pytest.MonkeyPatch, call: int
 ) -> None:

@@ -125,6 +125,7 @@ async def test_content_of_any_size(serve: Serve, connect: Connect, depot: Depot,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.fault(5)
 async def test_a_download_goes_on_where_it_broke(
     serve: Serve, between: Between, connect: Connect, depot: Depot, seed: int
 ) -> None:
@@ -180,6 +181,7 @@ async def test_a_right_beginning_is_not_fetched_again(
     assert network.down < 2 * CHUNK
 
 
+@pytest.mark.fault(12)
 async def test_content_of_a_round_that_is_over_is_not_waited_for(serve: Serve, connect: Connect, depot: Depot) -> None:
     serving = serve()
     order = ask(serving)
@@ -190,6 +192,7 @@ async def test_content_of_a_round_that_is_over_is_not_waited_for(serve: Serve, c
 
 
 @pytest.mark.parametrize("bad", ["bytes", "crc", "offset", "too many", "none"])
+@pytest.mark.fault(20)
 async def test_a_server_that_sends_wrong_bytes_gets_no_endless_loop(
     serve: Serve, connect: Connect, depot: Depot, bad: str
 ) -> None:
@@ -244,6 +247,7 @@ async def test_only_the_newest_contents_are_kept(serve: Serve, connect: Connect,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.fault(1, 5)
 async def test_an_upload_goes_on_where_it_broke(
     serve: Serve, between: Between, connect: Connect, tmp_path: Path, seed: int
 ) -> None:
@@ -261,6 +265,7 @@ async def test_an_upload_goes_on_where_it_broke(
     assert network.up < payload.stat().st_size + 3 * CHUNK
 
 
+@pytest.mark.fault(6)
 async def test_the_same_answer_twice_counts_once(serve: Serve, connect: Connect, tmp_path: Path) -> None:
     serving, (header, payload) = serve(), answer(tmp_path)
     ask(serving)
@@ -280,6 +285,7 @@ async def test_a_failure_needs_no_payload(serve: Serve, connect: Connect, tmp_pa
     assert receipt.status == wire.Receipt.ACCEPTED
 
 
+@pytest.mark.fault(12)
 async def test_an_answer_that_nobody_wants_any_more(serve: Serve, connect: Connect, tmp_path: Path) -> None:
     serving, (header, payload) = serve(), answer(tmp_path)
     order = ask(serving)
@@ -306,6 +312,7 @@ async def test_an_answer_that_the_server_refuses_is_not_sent_again(
     assert network.up < CHUNK
 
 
+@pytest.mark.fault(20)
 async def test_an_answer_whose_bytes_were_damaged_on_disk_is_rejected(
     serve: Serve, connect: Connect, tmp_path: Path
 ) -> None:

@@ -244,6 +244,7 @@ def test_a_strategy_without_a_state_misses_none(place: Place) -> None:
 # --- what the server wants and this client does not have --------------------------------------------------------------
 
 
+@pytest.mark.fault(12)
 def test_a_model_of_another_form(place: Place) -> None:
     reason, trace = place.fails(model=linear((3,), 5))
 
@@ -280,6 +281,7 @@ def test_code_that_the_owner_did_not_allow_is_not_even_imported(place: Place, al
         ({"local": {"lr": 0.1, "loss": "os:system"}}, "the server asks for 'os:system', which "),
     ],
 )
+@pytest.mark.fault(22)
 def test_an_assignment_that_this_installation_cannot_follow(
     place: Place, assignment: dict[str, Any], message: str
 ) -> None:
@@ -290,6 +292,7 @@ def test_an_assignment_that_this_installation_cannot_follow(
 
 
 @pytest.mark.parametrize("kind", [Kind.PROBE, Kind.PHASE])
+@pytest.mark.fault(22)
 def test_a_task_of_a_kind_of_the_future(place: Place, kind: Kind) -> None:
     assert place.fails(kind=kind)[0] == f"the server asks for a task of kind {kind!r}; upgrade this client"
 
@@ -311,6 +314,7 @@ def played_by(place: Place, name: str) -> dict[str, Any]:
     return {"assignment": {"client": {"name": f"mine.py:{name}"}}, "allow": [f"{place.mine}:{name}"]}
 
 
+@pytest.mark.fault(23)
 def test_an_error_of_a_clients_own_code_comes_with_its_place(place: Place) -> None:
     reason, trace = place.fails(**played_by(place, "Raises"), round=5)
 
@@ -330,10 +334,12 @@ def test_a_breakpoint_that_was_forgotten_waits_for_nobody(place: Place) -> None:
     assert "raised BdbQuit in round 1" in place.fails(**played_by(place, "Breaks"))[0]
 
 
+@pytest.mark.fault(23)
 def test_a_program_that_would_leave_has_failed(place: Place) -> None:
     assert "raised SystemExit in round 1: enough" in place.fails(**played_by(place, "Quits"))[0]
 
 
+@pytest.mark.fault(23)
 def test_want_of_memory_is_an_error_like_others(place: Place) -> None:
     assert "raised MemoryError in round 1" in place.fails(**played_by(place, "Exhausted"))[0]
 
@@ -342,6 +348,7 @@ def test_what_a_client_prints_is_no_answer(place: Place) -> None:
     assert place.play(**played_by(place, "Loud")).WhichOneof("content") == "update"
 
 
+@pytest.mark.fault(8)
 def test_an_update_that_is_not_finite_does_not_leave(place: Place) -> None:
     reason, _ = place.fails(**played_by(place, "NaN"))
 

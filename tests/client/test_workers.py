@@ -157,6 +157,7 @@ def test_a_process_that_dies_without_a_job_costs_none(
 
 
 @pytest.mark.parametrize(("function", "fate"), [("ended", "exit code 3"), ("killed", "killed by signal 9")])
+@pytest.mark.fault(23)
 def test_a_process_that_dies_over_a_job_is_told_and_replaced(
     loop: asyncio.Runner, crew: Workers, mine: Callable[..., Job], function: str, fate: str
 ) -> None:

@@ -176,6 +176,7 @@ def test_a_header_says_what_comes_before_it_is_there(update: Update[Array]) -> N
     assert announced.metrics == update.metrics
 
 
+@pytest.mark.fault(10)
 def test_what_is_announced_takes_no_memory() -> None:
     header, _ = pack(an_update(delta=np.zeros(4, "float32")))
     message = wire.Header.FromString(header)
@@ -407,6 +408,7 @@ MUTATIONS: list[tuple[Callable[[wire.Header], object], str]] = [
 
 
 @pytest.mark.parametrize(("mutate", "message"), MUTATIONS, ids=[message for _, message in MUTATIONS])
+@pytest.mark.fault(9)
 def test_the_receiver_refuses(mutate: Callable[[wire.Header], object], message: str) -> None:
     header, payload = pack(a_task())
     hostile = wire.Header.FromString(header)
@@ -425,6 +427,7 @@ def test_the_receiver_refuses(mutate: Callable[[wire.Header], object], message: 
         (lambda h: h.ClearField("update"), "expected a header with update, got None"),
     ],
 )
+@pytest.mark.fault(9)
 def test_the_receiver_refuses_an_update(mutate: Callable[[wire.Header], object], message: str) -> None:
     header, payload = pack(an_update())
     hostile = wire.Header.FromString(header)
@@ -464,6 +467,7 @@ def test_a_bool_is_zero_or_one() -> None:
         (manifest.Limits(name=9), "10 characters in the name of layout tensor 'net.weight', at most 9"),
     ],
 )
+@pytest.mark.fault(10)
 def test_limits_hold_on_both_sides(limits: manifest.Limits, message: str) -> None:
     header, payload = pack(a_task())
 
@@ -482,6 +486,7 @@ def test_an_error_does_not_repeat_a_long_text() -> None:
     assert len(str(caught.value)) < 200
 
 
+@pytest.mark.fault(10)
 def test_a_claimed_tensor_takes_no_memory() -> None:
     hostile = wire.Header.FromString(pack(an_update(tensors={}))[0])
     huge(hostile)
@@ -507,11 +512,13 @@ def survives(header: bytes, payload: bytes) -> None:
 
 @quick
 @given(st.binary(max_size=200), st.binary(max_size=20))
+@pytest.mark.fault(19)
 def test_random_bytes(header: bytes, payload: bytes) -> None:
     survives(header, payload)
 
 
 @pytest.mark.parametrize("value", [a_task(reply={"c": Spec("int8", (3,))}), an_update(), Failure("c", 1, "r", "t")])
+@pytest.mark.fault(19)
 def test_every_flipped_bit_and_every_cut_of_the_header(value: Task[Array] | Update[Array] | Failure) -> None:
     header, payload = pack(value)
     for at in range(len(header)):
@@ -524,6 +531,7 @@ def test_every_flipped_bit_and_every_cut_of_the_header(value: Task[Array] | Upda
 
 @quick
 @given(st.lists(st.tuples(st.integers(0, 10**4), st.integers(0, 255)), min_size=2, max_size=5))
+@pytest.mark.fault(19)
 def test_several_wrong_bytes_in_the_header(changes: list[tuple[int, int]]) -> None:
     header, payload = pack(a_task())
     damaged = bytearray(header)
@@ -535,6 +543,7 @@ def test_several_wrong_bytes_in_the_header(changes: list[tuple[int, int]]) -> No
 
 @quick
 @given(st.integers(0, 42), st.integers(0, 7))
+@pytest.mark.fault(20)
 def test_a_damaged_payload_is_always_refused(at: int, bit: int) -> None:
     header, payload = pack(a_task())
     flipped = bytearray(payload)

@@ -64,11 +64,13 @@ def test_a_model_of_nothing_but_weights() -> None:
 
 @pytest.mark.parametrize("field", ["examples", "steps", "lr_sum"])
 @pytest.mark.parametrize("number", [-1, -0.5, math.nan, math.inf, -math.inf, "3", None, 1j, np.ones((2, 1))])
+@pytest.mark.fault(11)
 def test_impossible_numbers(field: str, number: object) -> None:
     with pytest.raises(InvalidUpdate, match=f"client 'phone' in round 3 reports {field}="):
         check(**{field: number})
 
 
+@pytest.mark.fault(11)
 def test_an_absurd_number_of_examples() -> None:
     with pytest.raises(InvalidUpdate, match="examples="):
         check(examples=10**400)
@@ -76,16 +78,19 @@ def test_an_absurd_number_of_examples() -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize(("at", "name"), [(0, "net.weight"), (3, "net.weight"), (4, "net.bias")])
+@pytest.mark.fault(8)
 def test_a_delta_that_is_not_finite(value: float, at: int, name: str) -> None:
     with pytest.raises(InvalidUpdate, match=rf"holds {value} in its delta in tensor '{name}': .*lower local\.lr"):
         check(delta=floats(6, at, value))
 
 
+@pytest.mark.fault(8)
 def test_buffers_that_are_not_finite() -> None:
     with pytest.raises(InvalidUpdate, match=r"holds nan in its buffers in tensor 'norm\.var'"):
         check(buffers=floats(2, 1))
 
 
+@pytest.mark.fault(8)
 def test_a_strategy_s_tensor_that_is_not_finite() -> None:
     with pytest.raises(InvalidUpdate, match=r"holds nan in its c in tensor 'net\.bias'"):
         check(tensors={**GOOD.tensors, "c": floats(6, 5)})
@@ -114,11 +119,13 @@ def test_a_strategy_s_tensor_that_is_not_finite() -> None:
         ),
     ],
 )
+@pytest.mark.fault(9)
 def test_what_does_not_fit_the_model(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidUpdate, match=f"client 'phone' in round 3 .*{message}"):
         check(**changes)
 
 
+@pytest.mark.fault(9)
 def test_what_the_model_does_not_have() -> None:
     layout = Layout((Entry("w", Segment.TRAINABLE, "float32", (6,)),))
     plain = Update(floats(6), 1)

@@ -113,6 +113,7 @@ def test_chunks_are_the_bytes_of_all_buffers_from_any_offset(parts: list[bytes],
         (8, b"abcd", 1, "damaged"),
     ],
 )
+@pytest.mark.fault(20)
 def test_a_chunk_that_is_not_the_next_whole_one_is_refused(offset: int, data: bytes, crc32: int, reason: str) -> None:
     chunk = wire.Chunk(offset=offset, data=data, crc32=zlib.crc32(data) ^ crc32)
     with pytest.raises(CodecError, match=reason):
@@ -121,6 +122,7 @@ def test_a_chunk_that_is_not_the_next_whole_one_is_refused(offset: int, data: by
 
 @quick
 @given(st.binary(min_size=1, max_size=64), st.data())
+@pytest.mark.fault(20)
 def test_any_bit_that_flips_is_found(data: bytes, draw: st.DataObject) -> None:
     (chunk,) = chunks([memoryview(data)], 0)
     bit = draw.draw(st.integers(0, 8 * len(data) - 1))

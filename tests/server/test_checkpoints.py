@@ -67,6 +67,7 @@ def test_writing_again_replaces(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "gone", "no json"])
+@pytest.mark.fault(21)
 def test_a_damaged_one_is_passed_over(tmp_path: Path, damage: str) -> None:
     write(tmp_path, checkpoint(1))
     write(tmp_path, checkpoint(2))
@@ -85,6 +86,7 @@ def test_a_damaged_one_is_passed_over(tmp_path: Path, damage: str) -> None:
     assert read is not None and read.round == 1
 
 
+@pytest.mark.fault(21)
 def test_only_damaged_ones_is_an_error(tmp_path: Path) -> None:
     write(tmp_path, checkpoint(1))
     (tmp_path / "round-00001" / "state.json").write_text("{}")
@@ -93,6 +95,7 @@ def test_only_damaged_ones_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("numbers", ["{}", "[]", '{"format": 0}'])
+@pytest.mark.fault(22)
 def test_one_of_another_version_is_refused(tmp_path: Path, numbers: str) -> None:
     write(tmp_path, checkpoint(1))
     (tmp_path / "round-00001" / "state.json").write_text(numbers)
@@ -104,6 +107,7 @@ def test_none_is_none(tmp_path: Path) -> None:
     assert latest(tmp_path / "nothing") is None
 
 
+@pytest.mark.fault(3, 21)
 def test_an_unfinished_one_is_invisible(tmp_path: Path) -> None:
     write(tmp_path, checkpoint(1))
     (tmp_path / ".round-00002").mkdir()

@@ -139,6 +139,7 @@ def test_a_resumed_run_ends_where_an_undisturbed_one_does() -> None:
     assert [round.number for round in witness.rounds] == [3, 4, 5]
 
 
+@pytest.mark.fault(3)
 def test_a_round_that_was_begun_goes_on_with_whom_it_had_asked() -> None:
     fleet = MadeUp(10)
     fleet.begun[2] = ["7", "2", "9", "4"], 12
@@ -149,6 +150,7 @@ def test_a_round_that_was_begun_goes_on_with_whom_it_had_asked() -> None:
     assert fleet.asks[2].context.population == 10
 
 
+@pytest.mark.fault(24)
 def test_a_failure_within_the_quorum_is_recorded_and_the_round_goes_on() -> None:
     cohort = made_cohort()
     fleet = MadeUp(failing=cohort[:1])
@@ -169,6 +171,7 @@ def test_too_few_updates_end_the_run_and_keep_the_state() -> None:
     assert [kept.round for kept in witness.kept] == [0]
 
 
+@pytest.mark.fault(24)
 def test_over_selection_asks_more_and_needs_the_cohort() -> None:
     fleet = MadeUp()
     made(fleet, rounds=1, over_select=1.5)[0].run()
@@ -213,6 +216,7 @@ def test_evaluations_are_passed_on_as_they_come() -> None:
     assert fleet.most <= PORTION
 
 
+@pytest.mark.fault(26)
 def test_stop_ends_after_the_round_in_progress() -> None:
     coordinator, witness = made(MadeUp(), rounds=50)
     stopper = Witness()

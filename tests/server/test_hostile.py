@@ -66,6 +66,7 @@ def ended(call: Callable[[], Any]) -> grpc.StatusCode:
 
 
 @pytest.mark.slow
+@pytest.mark.fault(19)
 def test_damaged_messages_get_a_status_and_the_server_serves_on(serve: Serve, join: Join) -> None:
     serving = serve()
     peer = join(serving)
@@ -124,6 +125,7 @@ def _calls(peer: Peer, nonce: str, order: Order, damage: Callable[[bytes], bytes
 
 
 @pytest.mark.slow
+@pytest.mark.fault(5)
 def test_a_client_that_hangs_up_anywhere_leaves_no_trace(serve: Serve, join: Join, errors: list[str]) -> None:
     """Also not in the log: a handler that is cancelled is none that raised."""
     serving = serve()
@@ -192,6 +194,7 @@ def _killed(process: subprocess.Popen[str]) -> Iterator[None]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.fault(10, 16)
 def test_memory_does_not_grow_with_the_bytes_of_all_clients() -> None:
     from tests.server.conftest import Peer as Client
 

@@ -71,6 +71,7 @@ def test_answers_are_taken_in_the_order_in_which_they_came(reopen: Open) -> None
 
 
 @pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_bytes(PAYLOAD[::-1])])
+@pytest.mark.fault(4)
 def test_an_answer_that_the_disk_has_lost_is_asked_for_again(reopen: Open, damage: Callable[[Path], object]) -> None:
     journal = reopen()
     nonces = journal.open(1, Kind.TRAIN, ["a", "b"], 2).nonces
@@ -159,6 +160,7 @@ def test_bytes_that_belong_to_nothing_go_when_the_server_comes_back(reopen: Open
     assert [path.stem for path in folder.glob("*.payload")] == [nonce]
 
 
+@pytest.mark.fault(14)
 def test_a_full_disk_takes_nothing_and_goes_on_when_it_has_room(reopen: Open) -> None:
     journal = reopen()
     (nonce,) = journal.open(1, Kind.TRAIN, ["a"], 1).nonces
@@ -175,6 +177,7 @@ def test_a_full_disk_takes_nothing_and_goes_on_when_it_has_room(reopen: Open) ->
     assert found is not None and found.taken == {nonce: long}
 
 
+@pytest.mark.fault(21)
 def test_a_torn_tail_is_cut_off(reopen: Open) -> None:
     journal = reopen()
     nonces = journal.open(1, Kind.TRAIN, ["a", "b"], 2).nonces
@@ -191,6 +194,7 @@ def test_a_torn_tail_is_cut_off(reopen: Open) -> None:
     assert found is not None and list(found.taken) == [nonces[0]]
 
 
+@pytest.mark.fault(21)
 def test_a_damaged_journal_says_what_to_do(reopen: Open) -> None:
     journal = reopen()
     journal.close()

@@ -243,7 +243,17 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize(("answer", "reason"), BAD.values(), ids=BAD)
+def _row(name: str) -> int:
+    """Of the list of faults: not finite, absurd numbers of examples, or of another form."""
+    if name in ("NaN", "infinite", "infinite buffers"):
+        return 8
+    return 11 if name in ("negative", "NaN examples", "no examples", "1e15") else 9
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [pytest.param(*case, id=name, marks=pytest.mark.fault(_row(name))) for name, case in BAD.items()],
+)
 def test_a_bad_answer_is_its_clients_failure_and_nobody_elses(
     house: House, join: Join, spool: Spool, answer: tuple[bytes, bytes], reason: str
 ) -> None:
@@ -267,6 +277,7 @@ def test_a_bad_answer_is_its_clients_failure_and_nobody_elses(
         raise AssertionError(failure.reason)
 
 
+@pytest.mark.fault(9, 10)
 def test_what_is_wrong_by_its_shape_is_refused_before_a_byte_is_sent(house: House, join: Join, spool: Spool) -> None:
     peer = join(house.serving)
     round = house.train(an_ask(["a"]))
@@ -291,6 +302,7 @@ def test_an_update_is_no_answer_to_an_evaluation(house: House, join: Join) -> No
     assert report == Report("b", {"loss": 2.0, "examples": 3})
 
 
+@pytest.mark.fault(23)
 def test_a_clients_own_failure_keeps_its_traceback(house: House, join: Join) -> None:
     peer = join(house.serving)
     round = house.train(an_ask(["a"]))
@@ -302,6 +314,7 @@ def test_a_clients_own_failure_keeps_its_traceback(house: House, join: Join) -> 
 # --- who is not needed, or not there ----------------------------------------------------------------------------------
 
 
+@pytest.mark.fault(12, 24)
 def test_when_enough_have_answered_the_others_are_withdrawn(house: House, join: Join, spool: Spool) -> None:
     peers = [join(house.serving, name) for name in "abcd"]
     ask = an_ask(list("abcd"), goal=2)
@@ -350,6 +363,7 @@ def test_more_answers_than_needed_at_the_same_moment_leave_no_file(house: House,
     assert spool() == []
 
 
+@pytest.mark.fault(1)
 def test_a_client_that_comes_back_in_the_middle_goes_on_where_it_was(house: House, join: Join) -> None:
     first = join(house.serving)
     ask = an_ask(["a"])
@@ -367,6 +381,7 @@ def test_a_client_that_comes_back_in_the_middle_goes_on_where_it_was(house: Hous
 
 
 @pytest.mark.slow
+@pytest.mark.fault(24)
 def test_one_who_is_never_there_costs_a_deadline(house: House, join: Join) -> None:
     here = join(house.serving, "here")
     round = house.train(an_ask(["gone", "here"], deadline=0.3))
@@ -454,6 +469,7 @@ def test_reachable_clients_are_asked_first(house: House, join: Join) -> None:
 # --- a server that is killed and comes back ---------------------------------------------------------------------------
 
 
+@pytest.mark.fault(3, 6)
 def test_a_round_goes_on_after_its_server_with_what_was_taken(serve: Serve, join: Join, tmp_path: Path) -> None:
     ask, folder = an_ask(list("abc")), tmp_path / "kept"
     with ThreadPoolExecutor(2) as pool:
@@ -492,6 +508,7 @@ def test_a_round_goes_on_after_its_server_with_what_was_taken(serve: Serve, join
     assert sums == [bits(summed(ask, {number: an_update(number) for number in range(3)}))] * 2
 
 
+@pytest.mark.fault(3)
 def test_who_was_there_has_a_leases_time_to_come_back(
     serve: Serve, join: Join, event: Callable[[Serving, type[Left]], Left], tmp_path: Path
 ) -> None:
@@ -507,6 +524,7 @@ def test_who_was_there_has_a_leases_time_to_come_back(
         fleet.close()
 
 
+@pytest.mark.fault(4)
 def test_bytes_that_a_power_cut_has_damaged_are_sent_again(serve: Serve, join: Join, tmp_path: Path) -> None:
     ask, journal = an_ask(["a"]), Journal(tmp_path / "kept")
     header, _ = encode(an_update(0))

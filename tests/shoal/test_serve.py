@@ -145,6 +145,7 @@ def test_hosted_and_real_clients_are_one_population(start: Start, shards: Path) 
 
 
 @pytest.mark.slow
+@pytest.mark.fault(2)
 def test_a_client_killed_in_a_round_and_started_again_leaves_no_trace(start: Start, shards: Path) -> None:
     path = write(shards.parent, "scaffold", more=GATE)
     server = serve(start, path)
@@ -167,6 +168,7 @@ def test_a_client_killed_in_a_round_and_started_again_leaves_no_trace(start: Sta
 
 
 @pytest.mark.slow
+@pytest.mark.fault(24)
 def test_a_client_that_never_answers_costs_one_deadline(start: Start, shards: Path) -> None:
     path = write(shards.parent, more=f"deadline = 6\nquorum = 0.6\n{GATE}", clients_every=0)
     server = serve(start, path)
@@ -181,6 +183,7 @@ def test_a_client_that_never_answers_costs_one_deadline(start: Start, shards: Pa
 
 
 @pytest.mark.slow
+@pytest.mark.fault(26)
 def test_a_server_that_is_stopped_ends_its_round_and_goes_on_later(start: Start, shards: Path) -> None:
     path = write(shards.parent, "scaffold", rounds=4, more=GATE)
     server = serve(start, path)
@@ -203,6 +206,7 @@ def test_a_server_that_is_stopped_ends_its_round_and_goes_on_later(start: Start,
 
 
 @pytest.mark.slow
+@pytest.mark.fault(23)
 def test_a_clients_error_is_read_at_the_server(start: Start, shards: Path) -> None:
     path = write(shards.parent, rounds=1, more='quorum = 0.6\nclient = "gated.py:Broken"')
     server = serve(start, path)
@@ -229,6 +233,7 @@ def test_code_that_the_owner_did_not_allow_is_not_run(start: Start, shards: Path
 
 
 @pytest.mark.slow
+@pytest.mark.fault(3)
 def test_a_server_killed_in_a_round_and_started_again_goes_on_with_it(start: Start, shards: Path) -> None:
     path = write(shards.parent, "scaffold", rounds=4, more=GATE)
     with socket.create_server(("127.0.0.1", 0)) as free:

@@ -1,0 +1,1 @@
+"""The faults of ``make chaos``, done to a deployment of Flower."""

@@ -1,0 +1,83 @@
+"""A client's clock may say what it likes: it is not asked."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from google.protobuf.descriptor import FieldDescriptor
+
+import shoal
+from shoal.protos import fleet_pb2
+
+if TYPE_CHECKING:
+    from tests.shoal.conftest import Start
+
+LIBRARIES = sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))
+DURATIONS = {"Welcome.heartbeat", "Offer.lease"}  # seconds from now on, of the server's to the client
+# The only other numbers that are not whole are what a client measured.
+MEASURED = {"Number.real", "Setting.real"}
+EXPERIMENT = """
+name = "clocks"
+rounds = 2
+cohort = 3
+[data]
+name = "csv"
+path = "all.csv"
+label = "y"
+client = "site"
+[model]
+name = "linear"
+[strategy]
+name = "scaffold"
+"""
+
+
+@pytest.mark.fault(13)
+def test_no_time_of_day_crosses() -> None:
+    """Every number of the protocol that could be one is a duration, which the server says, or a measurement."""
+    real = {FieldDescriptor.TYPE_DOUBLE, FieldDescriptor.TYPE_FLOAT}
+    fields = {
+        f"{message.name}.{field.name}": field.type
+        for message in fleet_pb2.DESCRIPTOR.message_types_by_name.values()
+        for field in message.fields
+    }
+
+    assert {name for name, kind in fields.items() if kind in real} == DURATIONS | MEASURED
+    assert not [name for name in fields if any(word in name.lower() for word in ("time", "date", "stamp", "clock"))]
+    assert not [name for name in fleet_pb2.DESCRIPTOR.dependencies if "timestamp" in name.name]
+
+
+@pytest.mark.slow
+@pytest.mark.fault(13)
+@pytest.mark.skipif(not LIBRARIES, reason="libfaketime is not installed")
+@pytest.mark.parametrize("skew", ["-1h", "+1h", "-1y", "+1y"])
+def test_a_client_whose_clock_is_wrong_counts_as_any_other(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, skew: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    rows = [f"{rng.normal():.4f},{rng.integers(2)},{site}" for site in "abc" for _ in range(12)]
+    Path("all.csv").write_text("u,y,site\n" + "\n".join(rows) + "\n")
+    Path("clocks.toml").write_text(EXPERIMENT)
+    server = start("server", "clocks.toml", "--listen", "127.0.0.1:0", "--insecure", "--wait-for", 3)
+    to = ("--connect", server.address, "--insecure", "--once", "--state", "state")
+    with monkeypatch.context() as wrong:
+        wrong.setenv("LD_PRELOAD", str(LIBRARIES[0]))
+        wrong.setenv("FAKETIME", skew)
+        wrong.setenv("FAKETIME_DONT_FAKE_MONOTONIC", "1")
+        off = float(subprocess.check_output([sys.executable, "-c", "import time; print(time.time())"])) - time.time()
+        client = start("client", *to, "--data", "clocks.toml", "--simulate", 3, "--workers", 1)
+    run = shoal.Experiment.from_file("clocks.toml")
+
+    assert abs(off) > 3500
+    assert (server.wait(), client.wait()) == (0, 0), server.text + client.text
+    simulated = run.simulate(engine="lean", workers=0, out="simulated", progress="none")
+    served = shoal.Run("runs/1")
+    assert served.failures.empty
+    assert served.parameters.trainable.numpy().tobytes() == simulated.parameters.trainable.numpy().tobytes()
