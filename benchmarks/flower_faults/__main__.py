@@ -2,7 +2,7 @@
 
     python -m benchmarks.flower_faults --trials 5 [--only SuperNode] [--seed 1] [--publish]
 
-A trial is one run of ``app/pulled.py`` on a SuperLink and two SuperNodes. In its second round one fault strikes. Whoever
+A trial is one run of ``app/pulled.py`` on a SuperLink and two SuperNodes. In its second round one fault strikes. Who
 dies is started again with the same command at once. If the run fails or hangs all the same, its operator submits it
 again, from the last round that the app itself has kept. At the end every round's model is compared with a closed form.
 Outcomes are kept in the folder: what was interrupted goes on, and ``--publish`` counts all that are there.
@@ -89,7 +89,9 @@ async def campaign(faults: Sequence[Fault], seeds: Sequence[int], jobs: int, out
             outcome = await play(fault, seed, folder)
             with (out / LOG).open("a") as log:
                 log.write(json.dumps(asdict(outcome)) + "\n")
-            print(f"{outcome.fault}, seed {seed}: {outcome.ends or outcome.problem}, equal: {outcome.equal}", flush=True)
+            print(
+                f"{outcome.fault}, seed {seed}: {outcome.ends or outcome.problem}, equal: {outcome.equal}", flush=True
+            )
             if outcome.finished and outcome.equal:
                 shutil.rmtree(folder)
 
@@ -134,8 +136,8 @@ def rendered(results: dict[str, Any]) -> str:
     lines = [
         f"flwr {results['flwr']}, {results['nodes']} SuperNodes, {results['rounds']} rounds ({results['machine']}).",
         "",
-        "| fault, in the second round | trials | the run went on | with the undisturbed model | had to be submitted again "
-        "| then with the undisturbed model |",
+        "| fault, in the second round | trials | the run went on | with the undisturbed model "
+        "| had to be submitted again | then with the undisturbed model |",
         "|---|---|---|---|---|---|",
     ]
     columns = ("fault", "trials", "went_on", "went_on_equal", "submitted_again", "submitted_again_equal")

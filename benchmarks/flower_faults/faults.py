@@ -1,4 +1,4 @@
-"""What is done to a deployment of Flower: the kinds of fault of ``tests/chaos``, each once, in the second of three rounds."""
+"""What is done to a deployment of Flower, once in its second round: the kinds of fault of ``tests/chaos``."""
 
 from __future__ import annotations
 

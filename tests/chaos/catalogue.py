@@ -54,7 +54,9 @@ LOAD, HOSTILE = "`benchmarks/load.py`", "`benchmarks/hostile.py`"
 ROWS = (
     Row(1, "client killed amid its upload", "the part that is there is kept; it goes on from there; counted once"),
     Row(2, "client killed while it trains", "asked again, or the quorum closes the round; no wait beyond the lease"),
-    Row(3, "server killed in a round, in each state", "the same round goes on; no receipt is lost or doubled; same bits"),
+    Row(
+        3, "server killed in a round, in each state", "the same round goes on; no receipt is lost or doubled; same bits"
+    ),
     Row(4, "both die, or the power goes", "as 3; a receipt leaves when its answer is on the disk"),
     Row(5, "network cut, losing, late, half-open; a NAT that forgets", "progress renews the lease; back-off; goes on"),
     Row(6, "an answer sent twice", "DUPLICATE, the same receipt; counted once"),
@@ -75,7 +77,9 @@ ROWS = (
     Row(23, "client out of memory, raising, or with a broken import", "its traceback at the server; the round goes on"),
     Row(24, "stragglers; a third of the clients fails in each round", "quorum, deadline and over-selection"),
     Row(25, "a thousand rounds", "memory does not grow", LOAD),
-    Row(26, "stopped for an upgrade; port in use at the restart", "the round ends, the run resumes; one clear sentence"),
+    Row(
+        26, "stopped for an upgrade; port in use at the restart", "the round ends, the run resumes; one clear sentence"
+    ),
 )
 NUMBERS = tuple(row.number for row in ROWS)
 
@@ -126,11 +130,15 @@ def uncovered(marked: Iterable[int]) -> list[int]:
 def rendered(rows: Mapping[int, Shown], campaign: bool) -> str:
     """The table; ValueError names the rows that nothing shows."""
     if missing := uncovered(number for number, shown in rows.items() if shown.tests):
-        raise ValueError(f"nothing shows the faults {missing}; mark a test with @pytest.mark.fault(…) or name a fault's rows")
+        raise ValueError(
+            f"nothing shows the faults {missing}; mark a test with @pytest.mark.fault(…) or name a fault's rows"
+        )
     lines = ["| # | fault | required | shown by | result |", "|---|---|---|---|---|"]
     for row in ROWS:
         shown = rows[row.number]
-        lines.append(f"| {row.number} | {row.fault} | {row.required} | {_by(row, shown)} | {_result(row, shown, campaign)} |")
+        lines.append(
+            f"| {row.number} | {row.fault} | {row.required} | {_by(row, shown)} | {_result(row, shown, campaign)} |"
+        )
     return "\n".join(lines) + "\n"
 
 

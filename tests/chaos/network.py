@@ -71,7 +71,7 @@ async def half_open(stage: Stage) -> Blow | None:
 
 
 async def forgotten(stage: Stage) -> Blow | None:
-    """Packets of connections that stand go nowhere; new ones come from other ports. It strikes when a chunk is there."""
+    """Packets of connections that stand go nowhere; new ones come from other ports. It strikes after a chunk."""
     since = time.monotonic()
     there = lambda: bool(stage.trace.of("chunk", since)) or stage.over  # noqa: E731
     await stage.until(there, stage.patience, "no chunk")

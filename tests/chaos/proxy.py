@@ -17,7 +17,7 @@ from enum import StrEnum
 __all__ = ["Proxy", "Way", "Weather"]
 
 PIECE = 2**14  # bytes read at once: small, so that a change of weather takes effect at once
-RETRANSMIT = 0.2  # seconds until TCP sends a lost packet again, the least that Linux waits; twice as long each time
+RETRANSMIT = 0.2  # seconds until TCP sends again what was lost, at least; twice as long each time
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER of no time: closing sends RST, as a router does that lost its table
 
 
@@ -34,7 +34,7 @@ class Weather:
 
     ``delay`` and ``jitter`` are seconds added to each piece. ``flips`` is the chance of a byte to have one bit turned.
     ``rate`` is bytes a second, as a reader takes them that is slow. ``stalled`` holds bytes back until it ends. ``loss``
-    is the chance of a piece to be lost, which TCP shows as a pause: it is sent again, later and later, and all behind it wait.
+    is the chance of a piece to be lost, which TCP shows as a pause: it comes later, and all behind it wait.
     """
 
     delay: float = 0.0

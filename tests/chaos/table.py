@@ -10,14 +10,13 @@ from pathlib import Path
 from statistics import quantiles
 from typing import Any
 
+from tests.chaos import page
 from tests.chaos.deck import DECK
 from tests.chaos.outcome import Hit, Outcome
 
 __all__ = ["counted", "publish", "rendered"]
 
-ROOT = Path(__file__).parents[2]
-RESULTS, PAGE = ROOT / "benchmarks" / "results" / "reliability.json", ROOT / "docs" / "reliability.md"
-BEGIN, END = "<!-- written by make chaos -->\n", "<!-- end of what is written -->"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "reliability.json"
 
 
 def counted(outcomes: Sequence[Outcome]) -> dict[str, Any]:
@@ -84,8 +83,5 @@ def publish(outcomes: Iterable[Outcome], *, write: bool) -> str:
     table = rendered(results)
     if write:
         RESULTS.write_text(json.dumps(results, indent=2) + "\n")
-        if PAGE.exists():
-            before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-            _, _, after = rest.partition(END)
-            PAGE.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}", encoding="utf-8")
+        page.write("make chaos", table)
     return table

@@ -54,7 +54,7 @@ class Quits(shoal.Client):
 
 class Exhausted(shoal.Client):
     def fit(self, work):
-        raise MemoryError
+        bytearray(2**60)
 
 class Loud(shoal.Client):
     def fit(self, work):
@@ -332,6 +332,16 @@ def test_an_error_of_any_length_and_in_any_characters_can_be_sent(place: Place) 
 
 def test_a_breakpoint_that_was_forgotten_waits_for_nobody(place: Place) -> None:
     assert "raised BdbQuit in round 1" in place.fails(**played_by(place, "Breaks"))[0]
+
+
+@pytest.mark.fault(23)
+def test_code_that_cannot_be_imported_says_which_line(place: Place) -> None:
+    broken = place.folder / "broken.py"
+    broken.write_text("import shoal\nimport a_library_that_is_not_there\n")
+    name = {"assignment": {"client": {"name": "broken.py:Mine"}}, "allow": [f"{broken}:Mine"]}
+    reason, _ = place.fails(**name)
+
+    assert "broken.py" in reason and "line 2" in reason and "a_library_that_is_not_there" in reason
 
 
 @pytest.mark.fault(23)

@@ -61,10 +61,10 @@ def test_a_third_that_fails_or_never_answers_costs_no_round(house: House, join: 
 
 def _play(peers: Sequence[Peer], number: int, failing: Sequence[int], silent: Sequence[int]) -> None:
     offers = [peer.hear("offer").nonce for peer in peers]
-    for client, (peer, nonce) in enumerate(zip(peers, offers, strict=True)):
-        if client in failing:
-            peer.answer(nonce, Failure(peer.client, number, "no"))
-        elif client not in silent:
-            peer.answer(nonce, an_update(delta=an_answer(number, client), examples=1))
+    for client in failing:  # first: the last good answer ends the round
+        peers[client].answer(offers[client], Failure(peers[client].client, number, "no"))
+    for client, peer in enumerate(peers):
+        if client not in failing and client not in silent:
+            peer.answer(offers[client], an_update(delta=an_answer(number, client), examples=1))
     for client in silent:
         assert peers[client].hear("withdrawal").nonce == offers[client]

@@ -115,7 +115,7 @@ def test_nothing_that_is_too_large_is_taken_into_memory() -> None:
 
         assert set(bombs(address)) == {grpc.StatusCode.RESOURCE_EXHAUSTED}
         terabyte = _code(lambda: peers["claims"].begin(nonces["claims"], claimed(2**38)))
-        header, buffers = encode(an_update(0))
+        header, _ = encode(an_update(0))
         offset = peers["more"].begin(nonces["more"], header)
         flood = [peers["more"].piece(nonces["more"], offset, bytes(CHUNK))] * 100
         more = _code(lambda: peers["more"].send(flood))

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import random
+import socket
+import ssl
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -85,6 +89,30 @@ def test_nobody_else_gets_in(serve: Serve, join: Join, issue: Issue, tmp_path: P
 
     assert serving.call(lambda: serving.hub.known) == {}
     join(serving, "a", issue("hospital").for_client()).beat()
+
+
+@pytest.mark.fault(15, 19)
+def test_who_knocks_in_another_language_disturbs_nobody(serve: Serve, join: Join, issue: Issue) -> None:
+    """Plain HTTP, noise, a handshake that stops, another ALPN: no answer, and the door stays open for others."""
+    certificates = issue("server")
+    serving = serve("localhost:0", certificates)
+    place = (serving.address.host, serving.address.port)
+    peer = join(serving, "a", issue("hospital").for_client())
+    browser = ssl.create_default_context(cadata=certificates.ca.decode())
+    browser.load_cert_chain(certificates.folder / "cert.pem", certificates.folder / "key.pem")
+    browser.set_alpn_protocols(["http/1.1"])
+    with contextlib.ExitStack() as open_:
+        plain, noisy, halting, other = (open_.enter_context(socket.create_connection(place, 10)) for _ in range(4))
+        plain.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        noisy.sendall(random.Random(0).randbytes(4096))
+        halting.sendall(b"\x16\x03\x01\x02\x00\x01")  # the beginning of a ClientHello
+        with pytest.raises((ssl.SSLError, ConnectionError)):
+            wrapped = open_.enter_context(browser.wrap_socket(other, server_hostname="localhost"))
+            wrapped.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            if not wrapped.recv(100):
+                raise ConnectionError("hung up")
+        peer.beat()
+        join(serving, "b", issue("clinic").for_client()).beat()
 
 
 def test_a_name_belongs_to_the_certificate_that_first_had_it(serve: Serve, join: Join, issue: Issue) -> None:

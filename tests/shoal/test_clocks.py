@@ -49,14 +49,15 @@ def test_no_time_of_day_crosses() -> None:
     }
 
     assert {name for name, kind in fields.items() if kind in real} == DURATIONS | MEASURED
-    assert not [name for name in fields if any(word in name.lower() for word in ("time", "date", "stamp", "clock"))]
+    words = {word for name in fields for word in name.partition(".")[2].split("_")}
+    assert not words & {"time", "date", "timestamp", "clock", "at", "now", "since", "until", "expires"}
     assert not [name for name in fleet_pb2.DESCRIPTOR.dependencies if "timestamp" in name.name]
 
 
 @pytest.mark.slow
 @pytest.mark.fault(13)
 @pytest.mark.skipif(not LIBRARIES, reason="libfaketime is not installed")
-@pytest.mark.parametrize("skew", ["-1h", "+1h", "-1y", "+1y"])
+@pytest.mark.parametrize("skew", ["-1h", "+1y"])
 def test_a_client_whose_clock_is_wrong_counts_as_any_other(
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, skew: str
 ) -> None:
