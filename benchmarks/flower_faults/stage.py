@@ -15,12 +15,13 @@ import numpy as np
 from benchmarks.flower_faults.actors import Actor, command, environment
 from benchmarks.flower_faults.app.pulled import expected, model
 from tests.chaos.proxy import Proxy
-from tests.chaos.stage import PATIENCE, free_port
+from tests.chaos.stage import free_port
 
 __all__ = ["NODES", "ROUNDS", "Stage"]
 
 APP = Path(__file__).parent / "app"
 NODES, ROUNDS = 2, 3
+PATIENCE = 300.0  # seconds without news, after which a run hangs: Flower gives up half an answer after 180
 LOOK = 0.05  # seconds between two looks at the trace
 ASK = 5.0  # seconds between two questions for the run's status, each of which is a process
 CONFIG = '[superlink]\ndefault = "here"\n\n[superlink.here]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'

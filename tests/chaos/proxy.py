@@ -33,8 +33,8 @@ class Weather:
     """What happens to bytes in one direction; the default is a good network.
 
     ``delay`` and ``jitter`` are seconds added to each piece. ``flips`` is the chance of a byte to have one bit turned.
-    ``rate`` is bytes a second, as a reader takes them that is slow. ``stalled`` holds bytes back until it ends. ``loss``
-    is the chance of a piece to be lost, which TCP shows as a pause: it comes later, and all behind it wait.
+    ``rate`` is bytes a second, as a reader takes them that is slow. ``stalled`` holds bytes back until it ends.
+    ``loss`` is the chance of a piece to be lost, which TCP shows as a pause: it comes later, and all behind it wait.
     """
 
     delay: float = 0.0

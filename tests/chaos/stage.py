@@ -19,7 +19,7 @@ from tests.chaos.proxy import Proxy
 from tests.chaos.world import World
 from tests.server.test_tls import authority
 
-__all__ = ["Stage"]
+__all__ = ["Stage", "free_port", "served"]
 
 LOOK = 0.03  # seconds between two looks at the trace
 LEASE = 90.0
@@ -184,6 +184,19 @@ class Stage:
 
     def tails(self) -> str:
         return "\n".join(f"--- {actor.name} (code {actor.code})\n{actor.tail}" for actor in self.actors)
+
+
+async def served(world: World, folder: Path, **watched: Any) -> Stage:
+    """A run in good weather, to its end; everything that it did is in its trace."""
+    world.prepare(folder)
+    stage = Stage(world, folder, random.Random(0), patience=90, **watched)
+    try:
+        await stage.open()
+        await stage.finish()
+    finally:
+        await stage.close()
+    stage.trace.look()
+    return stage
 
 
 def free_port() -> int:

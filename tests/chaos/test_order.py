@@ -13,24 +13,11 @@ from typing import Any
 
 import pytest
 
-from tests.chaos.stage import Stage
+from tests.chaos.stage import served
 from tests.chaos.world import World
 
 WORLD = replace(World.draw(random.Random(0), small=True), rounds=2, clients_every=0)
 STRACE = shutil.which("strace")
-
-
-async def served(folder: Path, **watched: Any) -> Stage:
-    """A run of two rounds, to its end."""
-    WORLD.prepare(folder)
-    stage = Stage(WORLD, folder, random.Random(0), patience=90, **watched)
-    try:
-        await stage.open()
-        await stage.finish()
-    finally:
-        await stage.close()
-    stage.trace.look()
-    return stage
 
 
 def receipts(events: Sequence[Mapping[str, Any]]) -> dict[str, int]:
@@ -42,7 +29,7 @@ def receipts(events: Sequence[Mapping[str, Any]]) -> dict[str, int]:
 @pytest.mark.timeout(300)
 @pytest.mark.fault(4)
 def test_bytes_folder_journal_and_receipt_come_in_this_order(tmp_path: Path) -> None:
-    events = asyncio.run(served(tmp_path, order=True)).trace.events
+    events = asyncio.run(served(WORLD, tmp_path, order=True)).trace.events
     found = receipts(events)
 
     assert len(found) == WORLD.rounds * WORLD.sites
@@ -69,7 +56,7 @@ def _path(event: Mapping[str, Any]) -> str:
 def test_the_system_is_asked_to_sync_the_journal_before_each_receipt(tmp_path: Path) -> None:
     log = tmp_path / "calls"
     traced = (str(STRACE), "-D", "-f", "-y", "-qq", "-s", "400", "-e", "trace=fsync,fdatasync,write", "-o", str(log))
-    events = asyncio.run(served(tmp_path, under=traced)).trace.events
+    events = asyncio.run(served(WORLD, tmp_path, under=traced)).trace.events
     calls = log.read_text().splitlines()
 
     assert len(receipts(events)) == WORLD.rounds * WORLD.sites

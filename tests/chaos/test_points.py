@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.chaos.points import POINTS, Arm, Side, Watch, Wiring, install, named
-from tests.chaos.stage import Stage
+from tests.chaos.stage import served
 from tests.chaos.world import World, differences
 
 ROOT = Path(__file__).parents[2]
@@ -55,18 +55,7 @@ def test_a_process_dies_at_the_passing_it_was_told_and_not_before(tmp_path: Path
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_every_point_is_reached_in_an_undisturbed_run(tmp_path: Path) -> None:
-    async def main() -> Stage:
-        WORLD.prepare(tmp_path)
-        stage = Stage(WORLD, tmp_path, random.Random(0), patience=60)
-        try:
-            await stage.open()
-            await stage.finish()
-        finally:
-            await stage.close()
-        stage.trace.look()
-        return stage
-
-    stage = asyncio.run(main())
+    stage = asyncio.run(served(WORLD, tmp_path))
     reached = {str(event["point"]) for event in stage.trace.events}
     assert {point.name for point in POINTS} <= reached
     assert not list(differences(WORLD, stage.run, WORLD.simulate(tmp_path, stage.run).path))
