@@ -41,7 +41,8 @@ class Stage:
         self._superexec = self._actor("superexec", "flower-superexec", "--insecure", *self._runtime())
         self.proxies = [Proxy(self._port, random.Random(rng.random())) for _ in range(NODES)]
         self.nodes = list[Actor]()
-        self.restarts, self._run, self._keeper = 0, "", None
+        self.restarts, self._run = 0, ""
+        self._keeper: asyncio.Task[None] | None = None
         self.down = set[Actor]()
 
     def _actor(self, name: str, *words: object) -> Actor:

@@ -71,11 +71,13 @@ async def half_open(stage: Stage) -> Blow | None:
 
 
 async def forgotten(stage: Stage) -> Blow | None:
-    """Packets of connections that stand go nowhere; new ones come from other ports. It strikes after a chunk."""
+    """Packets of connections that stand go nowhere; new ones come from other ports. Uploads are slow, to be caught."""
+    stage.proxy.set(Weather(rate=5_000), Way.UP)
     since = time.monotonic()
     there = lambda: bool(stage.trace.of("chunk", since)) or stage.over  # noqa: E731
     await stage.until(there, stage.patience, "no chunk")
     stage.proxy.silence()
+    stage.proxy.clear()
     return Blow(time.monotonic(), stage.world.names)
 
 

@@ -36,7 +36,7 @@ def an_answer(number: int, client: int) -> np.ndarray:
 
 
 def mean(number: int, clients: Sequence[int]) -> np.ndarray:
-    return np.mean([an_answer(number, client).astype(np.float64) for client in clients], axis=0)
+    return np.asarray(np.mean([an_answer(number, client).astype(np.float64) for client in clients], axis=0))
 
 
 @pytest.mark.slow

@@ -91,8 +91,8 @@ def _heard(reply: Any) -> None:
 def _code(call: Any) -> grpc.StatusCode:
     with pytest.raises(grpc.RpcError) as caught:
         call()
-    error: Any = caught.value
-    return error.code()
+    code: grpc.StatusCode = caught.value.code()
+    return code
 
 
 def claimed(elements: int) -> bytes:

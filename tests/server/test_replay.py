@@ -43,9 +43,10 @@ class Recording:
 
     def under(self, session: str) -> Recording:
         """The same answer with the token of another connection, as its own client could send it."""
-        kinds = (wire.BeginRequest, wire.UploadRequest, wire.CommitRequest)
         messages: list[Any] = [
-            kind.FromString(data) for kind, data in zip(kinds, (self.begin, self.upload, self.commit), strict=True)
+            wire.BeginRequest.FromString(self.begin),
+            wire.UploadRequest.FromString(self.upload),
+            wire.CommitRequest.FromString(self.commit),
         ]
         for message in messages:
             message.session = session

@@ -61,7 +61,7 @@ def train(message: Message, context: Context) -> Message:
     time.sleep(SECONDS)
     mine = point(node) + KEPT * (vector - point(node))
     note(folder, "trained", node=node)
-    content = {"arrays": ArrayRecord([mine]), "metrics": MetricRecord({"num-examples": examples(node)})}
+    content: Any = {"arrays": ArrayRecord([mine]), "metrics": MetricRecord({"num-examples": examples(node)})}
     return Message(RecordDict(content), reply_to=message)
 
 
