@@ -7,7 +7,7 @@ PROTOC := -I shoal/protos=protos --python_out=.types --mypy_out=quiet:.types \
 	--grpc_python_out=.types --mypy_grpc_out=quiet:.types shoal/protos/fleet.proto
 
 .PHONY: help demo test check protos docs papers bench bench-peers bench-service bench-strategies \
-	chaos fuzz clean
+	chaos chaos-flower fuzz clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -63,6 +63,11 @@ MINUTES ?= 30
 SEED ?= 1
 chaos: .venv/.dev ## kill and disturb real servers and clients, and write docs/reliability.md; MINUTES=30 SEED=1
 	$(BIN)/python -m tests.chaos.driver --minutes $(MINUTES) --seed $(SEED) --publish
+	$(BIN)/python -m tests.chaos.catalogue --publish
+
+TRIALS ?= 5
+chaos-flower: .venv/.dev ## the same kinds of fault to a deployment of Flower, in about an hour; TRIALS=5 of each
+	$(BIN)/python -m benchmarks.flower_faults --trials $(TRIALS) --publish
 
 fuzz: .venv/.dev ## try to break every decoder and every call with wrong input; MINUTES=30
 	$(BIN)/pip install -q --disable-pip-version-check atheris

@@ -50,7 +50,7 @@ class Shown:
     identical: int = 0
 
 
-LOAD, HOSTILE = "`benchmarks/load.py`", "`benchmarks/hostile.py`"
+LOAD, HOSTILE, FUZZ = "`benchmarks/load.py`", "`benchmarks/hostile.py`", "`make fuzz`"
 ROWS = (
     Row(1, "client killed amid its upload", "the part that is there is kept; it goes on from there; counted once"),
     Row(2, "client killed while it trains", "asked again, or the quorum closes the round; no wait beyond the lease"),
@@ -70,7 +70,7 @@ ROWS = (
     Row(14, "server's disk full, read-only or failing", "no receipt; the last checkpoint stays; goes on with room"),
     Row(15, "slow-loris: idle connections, a byte a second, stalled streams", "others are served", HOSTILE),
     Row(16, "very many clients at once", "all are counted; memory bounded", LOAD),
-    Row(19, "noise: fuzzed messages, random bytes, HTTP/1, wrong ALPN", "a status, no crash, others are served"),
+    Row(19, "noise: fuzzed messages, random bytes, HTTP/1, wrong ALPN", "a status, no crash, others are served", FUZZ),
     Row(20, "chunks damaged, swapped, overlapping, wrong hash", "found; the upload goes on from the last right byte"),
     Row(21, "checkpoint or journal damaged at its end", "the torn tail is cut; the checkpoint before is taken"),
     Row(22, "versions that differ, unknown capabilities", "negotiated, or refused with advice"),

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import functools
+import os
+import random
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -37,6 +41,7 @@ WAIT = 10.0
         (2**64 - 1, b"far", None),
     ],
 )
+@pytest.mark.fault(20)
 def test_a_wrong_chunk_aborts_and_the_answer_goes_on_from_the_last_right_one(
     begun: tuple[Serving, Peer, str], offset: int, data: bytes, crc32: int | None
 ) -> None:
@@ -48,6 +53,30 @@ def test_a_wrong_chunk_aborts_and_the_answer_goes_on_from_the_last_right_one(
     assert (code, "chunk" in why, on) == (Status.ABORTED, True, CHUNK)
     assert peer.upload(nonce, BIG[1], on) == len(BIG[1])
     assert peer.commit(nonce).status == wire.Receipt.ACCEPTED
+
+
+@pytest.mark.fault(20)
+@pytest.mark.parametrize("seed", range(5))
+def test_chunks_in_any_order_and_over_one_another_end_as_the_answer(
+    begun: tuple[Serving, Peer, str], seed: int
+) -> None:
+    """Swapped, repeated and overlapping, until it is whole: what is taken are the right bytes alone."""
+    _, peer, nonce = begun
+    draw, sizes = random.Random(seed), (CHUNK // 3, CHUNK // 2, CHUNK)
+    pieces = [(at, at + size) for size in sizes for at in range(0, len(BIG[1]), size)]
+    draw.shuffle(pieces)
+    aborted = 0
+    for begin, end in pieces:
+        try:
+            peer.send([peer.piece(nonce, begin, BIG[1][begin:end])])
+        except grpc.RpcError as error:
+            assert error.code() is Status.ABORTED
+            aborted += 1
+    offset = peer.begin(nonce, BIG[0])
+
+    assert aborted > 0
+    assert offset == len(BIG[1]) or peer.upload(nonce, BIG[1], offset) == len(BIG[1])
+    assert peer.commit(nonce).status == wire.Receipt.ACCEPTED  # by its SHA-256
 
 
 def test_only_the_first_message_of_an_upload_names_the_task(begun: tuple[Serving, Peer, str]) -> None:
@@ -89,6 +118,7 @@ def test_bytes_without_a_begin_are_refused(serve: Serve, join: Join) -> None:
     assert refused(lambda: peer.commit(nonce))[0] == Status.FAILED_PRECONDITION
 
 
+@pytest.mark.fault(6)
 def test_an_answer_is_counted_once_however_often_it_is_committed(begun: tuple[Serving, Peer, str], event: Wait) -> None:
     serving, peer, nonce = begun
     peer.upload(nonce, BIG[1])
@@ -120,6 +150,7 @@ def test_a_caller_that_hangs_up_in_the_middle_of_a_chunk_leaves_it_whole(
     assert peer.commit(nonce).status == wire.Receipt.ACCEPTED
 
 
+@pytest.mark.fault(6)
 def test_a_caller_that_hangs_up_while_its_answer_is_examined_finds_it_taken(
     serve: Serve, join: Join, event: Wait
 ) -> None:
@@ -146,6 +177,7 @@ def test_a_caller_that_hangs_up_while_its_answer_is_examined_finds_it_taken(
     assert serving.events.empty()
 
 
+@pytest.mark.fault(12)
 def test_an_answer_that_is_examined_when_its_round_ends_leaves_nothing(
     serve: Serve, join: Join, spool: Callable[[], list[str]]
 ) -> None:
@@ -170,6 +202,7 @@ def test_an_answer_that_is_examined_when_its_round_ends_leaves_nothing(
     assert spool() == []
 
 
+@pytest.mark.fault(12)
 def test_an_upload_whose_round_ends_is_told_so(
     begun: tuple[Serving, Peer, str], monkeypatch: pytest.MonkeyPatch, spool: Callable[[], list[str]]
 ) -> None:
@@ -186,31 +219,34 @@ def test_an_upload_whose_round_ends_is_told_so(
     assert spool() == []
 
 
-def test_a_full_disk_loses_nothing(
-    begun: tuple[Serving, Peer, str], monkeypatch: pytest.MonkeyPatch, spool: Callable[[], list[str]]
+@pytest.mark.fault(14)
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EIO], ids=os.strerror)
+def test_a_disk_that_is_full_or_fails_loses_nothing(
+    begun: tuple[Serving, Peer, str], monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     _, peer, nonce = begun
     peer.send([peer.piece(nonce, 0, BIG[1][:CHUNK])])
     with monkeypatch.context() as full:
-        full.setattr("shoal.server.spool.Incoming._write", _half)
+        full.setattr("shoal.server.spool.Incoming._write", functools.partialmethod(_half, number=number))
         code, why = refused(lambda: peer.upload(nonce, BIG[1], CHUNK))
-        assert (code, "No space left" in why) == (Status.RESOURCE_EXHAUSTED, True)
+        assert (code, os.strerror(number) in why) == (Status.RESOURCE_EXHAUSTED, True)
 
     assert peer.upload(nonce, BIG[1], CHUNK) == len(BIG[1])
     assert peer.commit(nonce).status == wire.Receipt.ACCEPTED
 
 
-def _half(self: Any, data: bytes) -> None:
-    """As a disk that has room for a part of the bytes."""
+def _half(self: Any, data: bytes, number: int) -> None:
+    """As a disk that takes a part of the bytes, then fails."""
     with self.path.open("r+b") as file:
         file.seek(self.offset)
         file.write(data[: len(data) // 2])
-    raise OSError(28, "No space left on device")
+    raise OSError(number, os.strerror(number))
 
 
 # --- answers that are refused -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault(20)
 def test_a_wrong_sha256_is_found_at_the_commit(begun: tuple[Serving, Peer, str], event: Wait) -> None:
     serving, peer, nonce = begun
     peer.upload(nonce, BIG[1][:-1] + b"!")

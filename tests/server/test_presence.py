@@ -78,6 +78,7 @@ def test_one_who_leaves_is_told_of_once(serve: Serve, join: Join, event: Wait) -
     assert refused(lambda: peer.begin("", b""))[0] == Status.UNAUTHENTICATED
 
 
+@pytest.mark.fault(5)
 def test_a_client_without_a_heartbeat_is_dropped(serve: Serve, join: Join, event: Wait, quick_ticks: None) -> None:
     serving = serve(heartbeat=0.01)
     peer = join(serving)
@@ -87,6 +88,7 @@ def test_a_client_without_a_heartbeat_is_dropped(serve: Serve, join: Join, event
     assert serving.call(lambda: list(serving.hub.present)) == []
 
 
+@pytest.mark.fault(2)
 def test_a_lease_ends_without_a_sign(serve: Serve, join: Join, event: Wait, quick_ticks: None) -> None:
     serving = serve()
     peer = join(serving)
@@ -98,6 +100,7 @@ def test_a_lease_ends_without_a_sign(serve: Serve, join: Join, event: Wait, quic
 
 
 @pytest.mark.slow
+@pytest.mark.fault(5)
 def test_only_the_task_that_a_heartbeat_names_is_kept(serve: Serve, join: Join, event: Wait, quick_ticks: None) -> None:
     serving = serve()
     peer = join(serving)
@@ -128,6 +131,7 @@ def _drained(serving: Serving) -> Iterator[object]:
         yield serving.events.get()
 
 
+@pytest.mark.fault(24)
 def test_a_deadline_ends_the_task_of_one_who_is_alive(serve: Serve, join: Join, event: Wait, quick_ticks: None) -> None:
     serving = serve()
     peer = join(serving)

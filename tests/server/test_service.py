@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import http.client
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, cast
@@ -29,6 +31,7 @@ RPCS = ("Connect", "Download", "Begin", "Upload", "Commit")
 # --- hello ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault(22)
 def test_a_client_is_welcomed_and_known(serve: Serve, join: Join, event: Wait) -> None:
     serving = serve(heartbeat=12.5)
     welcome = join(serving, "a", welcome=False, capabilities=["flying"]).welcome()
@@ -39,6 +42,7 @@ def test_a_client_is_welcomed_and_known(serve: Serve, join: Join, event: Wait) -
 
 
 @pytest.mark.parametrize(("versions", "side"), [([], "client"), ([0], "client"), ([2, 3], "server")])
+@pytest.mark.fault(22)
 def test_another_protocol_is_told_which_side_to_upgrade(
     serve: Serve, join: Join, versions: list[int], side: str
 ) -> None:
@@ -48,8 +52,21 @@ def test_another_protocol_is_told_which_side_to_upgrade(
     assert (code, why.endswith(f"upgrade the {side}"), "other 9" in why) == (Status.FAILED_PRECONDITION, True, True)
 
 
+@pytest.mark.fault(22)
 def test_the_newest_common_version_is_chosen(serve: Serve, join: Join) -> None:
     assert join(serve(), welcome=False, versions=[0, 1, 7]).welcome().version == 1
+
+
+@pytest.mark.fault(22)
+def test_what_a_later_version_says_beside_is_passed_over(serve: Serve, join: Join) -> None:
+    """Fields that this version does not know, in a hello and in a heartbeat."""
+    unknown = b"\xa2\x06\x03new"  # field 100, three bytes
+    hello = wire.ConnectRequest(hello=wire.Hello(versions=[1], client="later", capabilities=["flying"]))
+    beat = wire.ConnectRequest(heartbeat=wire.Heartbeat())
+    replies = raw(join(serve()), "Connect", hello.SerializeToString() + unknown, beat.SerializeToString() + unknown)
+    welcome = wire.ConnectReply.FromString(replies)  # one message behind the other: of each field the last
+
+    assert (welcome.HasField("heartbeat"), b"flying" in replies) == (True, False)
 
 
 @pytest.mark.parametrize("name", ["", "a\nb", "\x1b[31m", "x" * 201, "長" * 201])
@@ -104,12 +121,14 @@ def raw(peer: Peer, rpc: str, *requests: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("rpc", RPCS)
+@pytest.mark.fault(19)
 def test_garbage_is_an_invalid_argument(serve: Serve, join: Join, rpc: str) -> None:
     code, why = refused(lambda: raw(join(serve()), rpc, b"\xff\x00garbage"))
 
     assert (code, why.startswith("the request is no ")) == (Status.INVALID_ARGUMENT, True)
 
 
+@pytest.mark.fault(19)
 def test_garbage_after_the_hello_ends_the_connection_only(serve: Serve, join: Join, event: Wait) -> None:
     serving = serve()
     peer = join(serving, "b")
@@ -121,6 +140,7 @@ def test_garbage_after_the_hello_ends_the_connection_only(serve: Serve, join: Jo
 
 
 @pytest.mark.parametrize("rpc", RPCS[1:])
+@pytest.mark.fault(7)
 def test_a_call_without_a_connection_is_unauthenticated(serve: Serve, join: Join, rpc: str) -> None:
     kind = {"Upload": wire.UploadRequest, "Begin": wire.BeginRequest, "Commit": wire.CommitRequest}
     request = kind.get(rpc, wire.DownloadRequest)(session="not one")
@@ -128,6 +148,7 @@ def test_a_call_without_a_connection_is_unauthenticated(serve: Serve, join: Join
     assert refused(lambda: raw(join(serve()), rpc, request.SerializeToString()))[0] == Status.UNAUTHENTICATED
 
 
+@pytest.mark.fault(10)
 def test_a_message_over_4_mib_is_refused(serve: Serve, join: Join) -> None:
     peer = join(serve())
     ask_too_much = functools.partial(raw, peer, "Begin", bytes(2**22 + 1))
@@ -136,6 +157,7 @@ def test_a_message_over_4_mib_is_refused(serve: Serve, join: Join) -> None:
     peer.beat()
 
 
+@pytest.mark.fault(15, 19)
 def test_noise_on_the_port_disturbs_nobody(serve: Serve, join: Join) -> None:
     serving = serve()
     peer = join(serving)
@@ -150,6 +172,28 @@ def test_noise_on_the_port_disturbs_nobody(serve: Serve, join: Join) -> None:
         peer.beat()
         join(serving, "b").beat()
         silent.close()
+
+
+@pytest.mark.slow
+@pytest.mark.fault(15)
+@pytest.mark.skipif(sys.platform != "linux", reason="so many sockets at once")
+def test_hundreds_of_connections_that_say_nothing_or_a_byte_now_and_then_take_nobodys_place(
+    serve: Serve, join: Join
+) -> None:
+    serving = serve()
+    place = (serving.address.host, serving.address.port)
+    preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+    with contextlib.ExitStack() as open_:
+        idle = [open_.enter_context(socket.create_connection(place, WAIT)) for _ in range(300)]
+        for number, one in enumerate(idle):
+            one.sendall(preface[: number % len(preface)])
+        peer = join(serving)
+        ask(serving)
+        nonce = peer.hear("offer").nonce
+        for number, one in enumerate(idle):
+            one.sendall(preface[number % len(preface) :][:1])
+        assert peer.answer(nonce, an_update()).status == wire.Receipt.ACCEPTED
+        join(serving, "b").beat()
 
 
 # --- tasks ------------------------------------------------------------------------------------------------------------
@@ -183,6 +227,7 @@ def test_a_task_is_offered_to_one_who_comes_later_and_again_after_each_break(ser
     assert join(serving).hear("offer").nonce == nonce
 
 
+@pytest.mark.fault(7)
 def test_another_clients_task_is_not_found(serve: Serve, join: Join, event: Wait) -> None:
     serving = serve()
     mine, other = join(serving, "a"), join(serving, "b")
@@ -211,6 +256,7 @@ def test_content_that_is_not_on_offer_is_not_found(serve: Serve, join: Join) -> 
     assert refused(lambda: peer.download(b""))[0] == Status.NOT_FOUND
 
 
+@pytest.mark.fault(12)
 def test_an_order_that_ends_withdraws_its_tasks_and_leaves_no_file(
     serve: Serve, join: Join, spool: Callable[[], list[str]]
 ) -> None:
@@ -233,6 +279,7 @@ def test_an_order_that_ends_withdraws_its_tasks_and_leaves_no_file(
 # --- who is slow ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault(15)
 def test_uploads_that_stall_do_not_stop_others(serve: Serve, join: Join, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(service, "QUICK", 0.02)
     serving = serve()
@@ -254,6 +301,7 @@ def _silent(stop: threading.Event) -> Iterator[wire.UploadRequest]:
 
 
 @pytest.mark.slow
+@pytest.mark.fault(15)
 def test_downloads_that_nobody_reads_do_not_stop_others(
     serve: Serve, join: Join, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -271,6 +319,7 @@ def test_downloads_that_nobody_reads_do_not_stop_others(
         call.cancel()
 
 
+@pytest.mark.fault(15)
 def test_one_who_is_silent_for_too_long_is_told_to_call_again(
     serve: Serve, join: Join, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -286,6 +335,7 @@ def test_one_who_is_silent_for_too_long_is_told_to_call_again(
 
 
 @pytest.mark.parametrize(("finished", "advice"), [(True, wire.Goodbye.FINISHED), (False, wire.Goodbye.COME_BACK)])
+@pytest.mark.fault(26)
 def test_a_server_that_closes_says_goodbye(serve: Serve, join: Join, finished: bool, advice: int) -> None:
     serving = serve()
     peer = join(serving)
@@ -295,6 +345,7 @@ def test_a_server_that_closes_says_goodbye(serve: Serve, join: Join, finished: b
     assert peer.hear("goodbye").advice == advice
 
 
+@pytest.mark.fault(26)
 def test_a_port_in_use_is_one_clear_sentence(serve: Serve) -> None:
     taken = serve().address
     for host in ("127.0.0.1", "localhost", "0.0.0.0"):
@@ -313,6 +364,7 @@ def test_an_address_of_another_machine_cannot_be_listened_on(serve: Serve) -> No
         serve("192.0.2.1:0")
 
 
+@pytest.mark.fault(1, 3)
 def test_bytes_on_their_way_wait_for_the_next_server(serve: Serve, join: Join, spool: Callable[[], list[str]]) -> None:
     serving = serve()
     peer = join(serving)
