@@ -1,11 +1,11 @@
 """The list of faults that a deployment must bear, and where it is shown that it does.
 
-    python -m tests.chaos.catalogue [--publish]
+    python -m tests.chaos.catalogue [--missing] [--publish]
 
 A fault of the deck names the rows that it shows (:attr:`tests.chaos.faults.Fault.rows`); a test is marked
-``@pytest.mark.fault(8)``. This runs all marked tests, takes the trials from the campaign's results, and makes the table
-of docs/reliability.md. A row that nothing shows is an error, and ``tests/chaos/test_catalogue.py`` finds it without
-running anything.
+``@pytest.mark.fault(8)``. This runs all marked tests (with ``--missing`` those that have not passed yet), takes the
+trials from the campaign's results, and makes the table of docs/reliability.md. A row that nothing shows is an error,
+and ``tests/chaos/test_catalogue.py`` finds it without running anything.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from tests.chaos.table import RESULTS
 __all__ = ["ROWS", "Row", "Shown", "rendered", "uncovered"]
 
 TESTS = Path(__file__).parents[1]
+RECORD = Path(__file__).parents[2] / "benchmarks" / "results" / "faults.json"  # how each marked test ended
 
 
 @dataclass(frozen=True)
@@ -87,26 +88,28 @@ NUMBERS = tuple(row.number for row in ROWS)
 class Tally:
     """A plugin of pytest: the outcome of each marked test, by row."""
 
-    def __init__(self) -> None:
+    def __init__(self, known: Mapping[str, str]) -> None:
+        """``known`` are outcomes of earlier runs: those that passed are not run again."""
         self.rows = {number: Shown() for number in NUMBERS}
-        self._marked = dict[str, set[int]]()
-        self._ended = dict[str, str]()
+        self._known, self._marked = known, dict[str, set[int]]()
+        self.ended = dict[str, str]()
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        """Only the marked ones are run; KeyError if one is of a row that is not there."""
+        """Only the marked ones are run; AssertionError if one is of a row that is not there."""
         for item in items:
             if numbers := {number for mark in item.iter_markers("fault") for number in mark.args}:
                 self._marked[item.nodeid] = numbers
                 assert numbers <= self.rows.keys(), f"{item.nodeid} is marked with {numbers}, not all of them rows"
-        items[:] = [item for item in items if item.nodeid in self._marked]
+        self.ended = {node: "passed" for node in self._marked if self._known.get(node) == "passed"}
+        items[:] = [item for item in items if item.nodeid in self._marked.keys() - self.ended.keys()]
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """The worst of set-up, call and tear-down."""
         if report.outcome != "passed" or report.when == "call":
-            self._ended[report.nodeid] = report.outcome
+            self.ended[report.nodeid] = report.outcome
 
     def pytest_sessionfinish(self) -> None:
-        for node, outcome in self._ended.items():
+        for node, outcome in self.ended.items():
             for number in self._marked[node]:
                 self.rows[number].tests[outcome] += 1
 
@@ -165,15 +168,17 @@ def _result(row: Row, shown: Shown, campaign: bool) -> str:
 def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--publish", action="store_true", help="write the table of the docs")
+    parser.add_argument("--missing", action="store_true", help="run only tests that have not passed yet")
     given = parser.parse_args(words)
-    tally = Tally()
+    tally = Tally(json.loads(RECORD.read_text()) if given.missing and RECORD.exists() else {})
     code = int(pytest.main(["-q", "--no-header", str(TESTS)], plugins=[tally]))
+    RECORD.write_text(json.dumps(dict(sorted(tally.ended.items())), indent=1) + "\n")
     campaign = json.loads(RESULTS.read_text()) if RESULTS.exists() else None
     add_trials(tally.rows, campaign or {"rows": []})
     print(table := rendered(tally.rows, campaign is not None))
     if given.publish:
         page.write("python -m tests.chaos.catalogue", table)
-    return code
+    return 0 if code == pytest.ExitCode.NO_TESTS_COLLECTED else code  # all have passed
 
 
 if __name__ == "__main__":
