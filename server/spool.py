@@ -6,11 +6,13 @@ import asyncio
 import errno
 import hashlib
 import shutil
+from collections.abc import Sequence
+from io import FileIO
 from pathlib import Path
 
 from shoal.protos import fleet_pb2 as wire
 from shoal.protos.errors import CodecError
-from shoal.protos.transport import check_chunk
+from shoal.protos.transport import data_of
 
 __all__ = ["Incoming", "Torn"]
 
@@ -45,27 +47,29 @@ class Incoming:
         found = self._note.is_file() and self.path.is_file() and self._note.read_bytes() == self.header
         return found and 0 < self.path.stat().st_size <= self.total
 
-    async def append(self, chunk: wire.Chunk) -> int:
-        """The new offset; CodecError, and nothing taken, for a chunk that is damaged or not the next one."""
-        # A task of its own: a caller that hangs up must not leave the chunk half taken.
-        return await asyncio.shield(self._append(chunk))
+    async def append(self, chunks: Sequence[wire.Chunk]) -> None:
+        """Take chunks in their order; CodecError at the first that is damaged or not the next one: that and all after
+        it are not taken, those before it are."""
+        # A task of its own: a caller that hangs up must not leave a chunk half taken.
+        await asyncio.shield(self._append(chunks))
 
-    async def _append(self, chunk: wire.Chunk) -> int:
+    async def _append(self, chunks: Sequence[wire.Chunk]) -> None:
         async with self._turn:
-            check_chunk(chunk, self.offset, self.total)
-            await asyncio.to_thread(self._write, chunk.data)
-            self.offset += len(chunk.data)
-            return self.offset
+            await asyncio.to_thread(self._write, chunks)
 
-    def _write(self, data: bytes) -> None:
+    def _write(self, chunks: Sequence[wire.Chunk]) -> None:
+        """In a thread: going there and back costs as much as a chunk, so it is done once for all that wait."""
         try:
-            with self.path.open("r+b") as file:
-                file.seek(self.offset)  # and not the end, where a full disk may have left a part of the chunk
-                file.write(data)
+            with self.path.open("r+b", buffering=0) as file:
+                file.seek(self.offset)  # and not the end, where a full disk may have left a part of a chunk
+                for chunk in chunks:
+                    data = data_of(chunk, self.offset, self.total)
+                    _write_all(file, data)
+                    if self._digest is not None:
+                        self._digest.update(data)
+                    self.offset += len(data)
         except FileNotFoundError as error:
             raise CodecError("this answer is not wanted any more, or was begun anew; call Begin") from error
-        if self._digest is not None:
-            self._digest.update(data)
 
     def complete(self) -> None:
         """CodecError if bytes are missing or are not those that were announced; Torn if they may be sent again."""
@@ -81,6 +85,12 @@ class Incoming:
     def discard(self) -> None:
         self._note.unlink(missing_ok=True)
         self.path.unlink(missing_ok=True)
+
+
+def _write_all(file: FileIO, data: bytes) -> None:
+    left = memoryview(data)
+    while left:
+        left = left[file.write(left) :]
 
 
 def _check_room(folder: Path, total: int) -> None:

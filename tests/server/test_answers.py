@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -200,8 +200,9 @@ def test_a_full_disk_loses_nothing(
     assert peer.commit(nonce).status == wire.Receipt.ACCEPTED
 
 
-def _half(self: Any, data: bytes) -> None:
+def _half(self: Any, chunks: Sequence[wire.Chunk]) -> None:
     """As a disk that has room for a part of the bytes."""
+    data = chunks[0].data
     with self.path.open("r+b") as file:
         file.seek(self.offset)
         file.write(data[: len(data) // 2])
