@@ -53,6 +53,7 @@ CHANNEL = [
     *_COMMON,
     ("grpc.use_local_subchannel_pool", 1),  # each client a TCP connection of its own, as devices have
     ("grpc.keepalive_time_ms", 30_000),  # a connection that swallows everything ends within these two
+    ("grpc.http2.ping_timeout_ms", 10_000),  # 60 s unless set, whatever the next one says
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.initial_reconnect_backoff_ms", 500),
@@ -64,6 +65,7 @@ SERVER = [
     ("grpc.http2.bdp_probe", 0),  # or windows grow, and with them the bytes of each client that wait in memory
     ("grpc.http2.lookahead_bytes", 2**18),
     ("grpc.keepalive_time_ms", 60_000),  # finds out who is gone without a word
+    ("grpc.http2.ping_timeout_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.keepalive_permit_without_calls", 1),  # or the pings of a client that waits to call again are too many
     ("grpc.http2.min_ping_interval_without_data_ms", 20_000),

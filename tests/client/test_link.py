@@ -354,6 +354,23 @@ async def test_an_upload_goes_on_when_its_connection_has_become_half_open(
     assert 0 < silenced[0] < payload.stat().st_size
 
 
+@pytest.mark.slow
+async def test_pings_find_a_half_open_connection_where_heartbeats_are_far_apart(
+    serve: Serve, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = ("grpc.keepalive_time_ms", "grpc.http2.ping_timeout_ms", "grpc.keepalive_timeout_ms")
+    assert dict(CHANNEL).keys() >= set(times)
+    monkeypatch.setattr("shoal.client.link.CHANNEL", list((dict(CHANNEL) | dict.fromkeys(times, 500)).items()))
+    serving = serve(heartbeat=30.0)
+    async with proxy(serving.address) as (between, address), connect(address) as link:
+        before = await link.session()
+        await _silence(between)  # before the first ping: the server would take so many for an attack
+        await link.says("the connection broke; trying again")
+        await link.says("connected to")
+
+        assert await link.session() != before
+
+
 async def _silence(between: Proxy) -> None:
     assert between.silence() == 1
 
