@@ -74,7 +74,9 @@ async def clients(bare: str, shoal: str, count: int, size: int) -> None:
             if line.strip() == "bare":
                 await asyncio.gather(*(channel.stream_unary(BARE)(_messages(data)) for channel in channels))
             elif line.strip() == "end":
-                await asyncio.gather(*running)
+                for task in running:
+                    task.cancel()
+                await asyncio.gather(*running, return_exceptions=True)
             print(time.process_time(), flush=True)
         for channel in channels:
             await channel.close()
@@ -177,7 +179,6 @@ def measure(count: int, megabytes: int, repetitions: int, where: Path) -> dict[s
                 for kind, fleet in fleets.items():
                     clock.time(kind, partial(sum_of_round, fleet, round, count, size, count * (count + 1) / 2))
             peak = _peak()
-            serving.close(finished=True)
             clock.tell("end")
     floor = [max(pair) for pair in zip(clock.seconds("bare"), clock.seconds("disk"), strict=True)]
     return {

@@ -48,8 +48,7 @@ class Incoming:
         return found and 0 < self.path.stat().st_size <= self.total
 
     async def append(self, chunks: Sequence[wire.Chunk]) -> None:
-        """Take chunks in their order; CodecError at the first that is damaged or not the next one: that and all after
-        it are not taken, those before it are."""
+        """Take chunks in their order; CodecError at the first that is damaged or not the next one, and none behind it."""
         # A task of its own: a caller that hangs up must not leave a chunk half taken.
         await asyncio.shield(self._append(chunks))
 
