@@ -48,7 +48,7 @@ class Incoming:
         return found and 0 < self.path.stat().st_size <= self.total
 
     async def append(self, chunks: Sequence[wire.Chunk]) -> None:
-        """Take chunks in their order; CodecError at the first that is damaged or not the next one, and none behind it."""
+        """Take chunks in their order; CodecError at the first that is damaged or not the next: none from there on."""
         # A task of its own: a caller that hangs up must not leave a chunk half taken.
         await asyncio.shield(self._append(chunks))
 
