@@ -38,7 +38,7 @@ from shoal.client.link import Link
 from shoal.protos import fleet_pb2 as wire
 from shoal.protos.codec import encode
 from shoal.protos.messages import Kind, Update
-from shoal.protos.transport import CHUNK, SERVICE, Address
+from shoal.protos.transport import CHUNK, SERVICE, Address, upload_request
 from shoal.server.journal import Journal
 from shoal.server.orders import Blob, Call, Order
 from shoal.server.service import UPLOADS
@@ -141,9 +141,7 @@ async def stalled(server: str) -> None:
         session = await link.session()
         await link.stub.Begin(wire.BeginRequest(session=session, nonce=offer.nonce, header=HEADER))
         call = link.stub.Upload()
-        await call.write(
-            wire.UploadRequest(session=session, nonce=offer.nonce, chunk=wire.Chunk(data=bytes(CHUNK // 2)))
-        )
+        await call.write(upload_request(session, offer.nonce, 0, memoryview(bytes(CHUNK // 2))))
         await asyncio.sleep(3600)
 
     await asyncio.gather(*(one(f"bad {number}") for number in range(2 * UPLOADS)))

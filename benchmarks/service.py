@@ -1,11 +1,13 @@
-"""What the gRPC service moves, beside a bare grpc.aio stream of chunks, in one run; and the memory that it takes.
+"""What the gRPC service moves, beside a bare grpc.aio stream of chunks and beside the disk, in one run.
 
     python benchmarks/service.py
 
 Clients (a process of their own) upload updates of 10 MB that were made before. ``bare`` is a grpc.aio handler that
-reads 1 MiB messages and drops them. ``shoal`` is the whole service: every header checked, every chunk's CRC-32 and the
-payload's SHA-256 compared, written to a file, all values finite, then the round's sum in cohort order. It must be the
-right one, else the benchmark fails. The two take turns; the median of the repetitions is given. Peak memory of the
+reads 1 MiB messages and drops them; ``disk`` writes the same bytes to a file for each client and syncs it. ``durable``
+is the whole service: every header checked, every chunk's CRC-32 and the payload's SHA-256 compared, written to a file,
+all values finite, synced, in the journal, then the round's sum in cohort order. ``memory`` is the same with the journal
+in memory, unsynced. Sums must be the right ones, else the benchmark fails. All take turns; medians of the repetitions
+are given, with the processor time of both processes, which other work on the machine changes less. Peak memory of the
 server is read for rounds of 8, 32 and 128 clients (Linux only).
 """
 
@@ -19,9 +21,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from statistics import median
 from threading import Thread
@@ -37,6 +40,7 @@ from shoal.client.link import Link
 from shoal.client.transfer import deliver
 from shoal.protos import fleet_pb2 as wire
 from shoal.protos.codec import encode
+from shoal.protos.files import write_synced
 from shoal.protos.messages import Update
 from shoal.protos.parameters import Entry, Layout, Parameters, Segment
 from shoal.protos.transport import CHANNEL, CHUNK, SERVER, Address
@@ -49,6 +53,7 @@ from shoal.strategies.sums import Carried, LeafSum
 
 BARE = "/bare.Bare/Upload"
 STATUS = Path("/proc/self/status")
+MEMORY = Path("/dev/shm")  # on Linux
 
 
 def update_of(client: int, size: int) -> np.ndarray:
@@ -66,12 +71,13 @@ async def clients(bare: str, shoal: str, count: int, size: int) -> None:
         channels = [aio.insecure_channel(bare, options=CHANNEL) for _ in range(count)]
         data = update_of(0, size).tobytes()
         while line := await asyncio.to_thread(sys.stdin.readline):
-            began = time.perf_counter()
             if line.strip() == "bare":
                 await asyncio.gather(*(channel.stream_unary(BARE)(_messages(data)) for channel in channels))
-                print(time.perf_counter() - began, flush=True)
-            else:
-                await asyncio.gather(*running)
+            elif line.strip() == "end":
+                for task in running:
+                    task.cancel()
+                await asyncio.gather(*running, return_exceptions=True)
+            print(time.process_time(), flush=True)
         for channel in channels:
             await channel.close()
 
@@ -121,37 +127,81 @@ class Bare:
         await server.wait_for_termination()
 
 
-def measure(count: int, megabytes: int, repetitions: int) -> dict[str, Any]:
-    """Seconds for all clients' updates, bare and through the service, and the server's peak memory."""
+class Clock:
+    """Seconds, and processor seconds of this process and of the clients', of each repetition of each kind of work."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+        self.times: dict[str, list[tuple[float, float, float]]] = {}
+
+    def tell(self, word: str) -> float:
+        """Have the clients do something; the processor seconds that they have taken when it is done."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        print(word, file=self._process.stdin, flush=True)
+        return float(self._process.stdout.readline())
+
+    def time(self, kind: str, work: Callable[[], object]) -> None:
+        before = time.perf_counter(), time.process_time(), self.tell("cpu")
+        work()
+        after = time.perf_counter(), time.process_time(), self.tell("cpu")
+        self.times.setdefault(kind, []).append((after[0] - before[0], after[1] - before[1], after[2] - before[2]))
+
+    def seconds(self, kind: str) -> list[float]:
+        """Without the first one, which warms up."""
+        return [wall for wall, _, _ in self.times[kind][1:]]
+
+    def processor(self, kind: str, volume: float) -> dict[str, float]:
+        """Milliseconds a MiB."""
+        server, clients = (median(time[place] for time in self.times[kind][1:]) for place in (1, 2))
+        return {"server": 1e3 * server / volume, "clients": 1e3 * clients / volume}
+
+
+def measure(count: int, megabytes: int, repetitions: int, where: Path) -> dict[str, Any]:
+    """What moves all clients' updates in each way, at which cost, and the server's peak memory."""
     size = megabytes * 10**6 // 4
     bare, volume = Bare(), count * size * 4 / 2**20
     with (
-        tempfile.TemporaryDirectory() as folder,
+        tempfile.TemporaryDirectory(dir=where) as folder,
+        tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as memory,
         closing(Serving(Address("127.0.0.1", 0), None)) as serving,
     ):
         words = [sys.executable, __file__, "--clients", bare.address, str(serving.address), str(count), str(size)]
         with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-            fleet = _fleet(serving, size, Journal(Path(folder) / "round"))
-            assert process.stdin is not None and process.stdout is not None
-            fleet.wait_for(count, lambda present: None, lambda: process.poll() is not None)
-            times: dict[str, list[float]] = {"bare": [], "shoal": []}
-            before = _peak()
-            for round in range(1, repetitions + 2):  # the first one warms up
-                print("bare", file=process.stdin, flush=True)
-                times["bare"].append(float(process.stdout.readline()))
-                times["shoal"].append(sum_of_round(fleet, round, count, size, count * (count + 1) / 2))
+            fleets = {
+                "memory": _fleet(serving, size, Journal(Path(memory) / "round", sync=False)),
+                "durable": _fleet(serving, size, Journal(Path(folder) / "round")),
+            }
+            fleets["durable"].wait_for(count, lambda present: None, lambda: process.poll() is not None)
+            clock, before = Clock(process), _peak()
+            for round in range(1, repetitions + 2):
+                clock.time("bare", lambda: clock.tell("bare"))
+                clock.time("disk", lambda: _write(Path(folder), count, size))
+                for kind, fleet in fleets.items():
+                    clock.time(kind, partial(sum_of_round, fleet, round, count, size, count * (count + 1) / 2))
             peak = _peak()
-            serving.close(finished=True)
-            print("end", file=process.stdin, flush=True)
-            process.stdin.close()
-    seconds = {name: median(values[1:]) for name, values in times.items()}
+            clock.tell("end")
+    floor = [max(pair) for pair in zip(clock.seconds("bare"), clock.seconds("disk"), strict=True)]
     return {
         "clients": count,
         "megabytes": megabytes,
-        "MiB_per_second": {name: volume / value for name, value in seconds.items()},
-        "shoal_over_bare": median(b / s for b, s in zip(times["bare"][1:], times["shoal"][1:], strict=True)),
+        "MiB_per_second": {kind: volume / median(clock.seconds(kind)) for kind in clock.times},
+        "processor_ms_per_MiB": {kind: clock.processor(kind, volume) for kind in clock.times},
+        "memory_over_bare": _ratio(clock.seconds("bare"), clock.seconds("memory")),
+        "durable_over_floor": _ratio(floor, clock.seconds("durable")),
         "peak_MiB_above_idle": peak - before if peak and before else None,
     }
+
+
+def _ratio(floor: Sequence[float], ours: Sequence[float]) -> float:
+    return median(f / o for f, o in zip(floor, ours, strict=True))
+
+
+def _write(folder: Path, count: int, size: int) -> None:
+    """The least that a disk can do: the same bytes in as many files, each synced."""
+    data = update_of(0, size).tobytes()
+    for number in range(count):
+        write_synced(folder / f"bare {number}", [data])
+        (folder / f"bare {number}").unlink()
 
 
 def _fleet(serving: Serving, size: int, journal: Journal) -> RemoteFleet:
@@ -192,6 +242,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=10)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--counts", type=int, nargs="+", default=[8, 32, 128])
+    parser.add_argument("--where", type=Path, default=Path(tempfile.gettempdir()), help="a folder on the disk to use")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/service.json"))
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -199,16 +250,20 @@ def main() -> None:
         bare, shoal, count, size = options.clients
         asyncio.run(clients(bare, shoal, int(count), int(size)))
         return
-    lines = [measure(count, options.megabytes, options.repetitions) for count in options.counts]
+    lines = [measure(count, options.megabytes, options.repetitions, options.where) for count in options.counts]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps({"load_average": os.getloadavg(), "lines": lines}, indent=2) + "\n")
-    print(f"{'clients':>8}{'bare MiB/s':>12}{'shoal MiB/s':>13}{'shoal/bare':>12}{'peak MiB':>10}")
     for line in lines:
-        speed = line["MiB_per_second"]
-        peak = "" if line["peak_MiB_above_idle"] is None else f"{line['peak_MiB_above_idle']:.0f}"
-        print(
-            f"{line['clients']:>8}{speed['bare']:>12.0f}{speed['shoal']:>13.0f}{line['shoal_over_bare']:>12.2f}{peak:>10}"
-        )
+        _show(line)
+
+
+def _show(line: Mapping[str, Any]) -> None:
+    peak = line["peak_MiB_above_idle"]
+    print(f"{line['clients']} clients × {line['megabytes']} MB" + ("" if peak is None else f", peak {peak:.0f} MiB"))
+    for kind, speed in line["MiB_per_second"].items():
+        cost = line["processor_ms_per_MiB"][kind]
+        print(f"  {kind:8}{speed:6.0f} MiB/s   server {cost['server']:.2f}, clients {cost['clients']:.2f} ms/MiB")
+    print(f"  memory/bare {line['memory_over_bare']:.2f}, durable/min(bare, disk) {line['durable_over_floor']:.2f}")
 
 
 if __name__ == "__main__":

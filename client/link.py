@@ -19,7 +19,7 @@ from shoal.client.diagnose import diagnose
 from shoal.protos import fleet_pb2 as wire
 from shoal.protos.errors import ConnectionRefused
 from shoal.protos.fleet_pb2_grpc import FleetStub
-from shoal.protos.transport import CAPABILITIES, CHANNEL, VERSIONS, Address, Certificates, software
+from shoal.protos.transport import CAPABILITIES, CHANNEL, SERVICE, VERSIONS, Address, Certificates, software
 
 __all__ = ["Link"]
 
@@ -35,6 +35,14 @@ FINAL = frozenset(
         grpc.StatusCode.UNIMPLEMENTED,
     }
 )
+
+
+class Stub(FleetStub):
+    """The calls. The messages of an upload come in wire form (:func:`~shoal.protos.transport.upload_request`)."""
+
+    def __init__(self, channel: aio.Channel) -> None:
+        super().__init__(channel)  # type: ignore[call-arg]  # its types know only __new__
+        self.Upload: Any = channel.stream_unary(f"/{SERVICE}/Upload", response_deserializer=wire.UploadReply.FromString)
 
 
 class Link:
@@ -55,8 +63,20 @@ class Link:
         self._heard, self._note = heard, note
         self._instance, self.working = secrets.token_hex(8), ""
         self._session, self._connected = "", asyncio.Event()
+        self._dial()
+
+    def _dial(self) -> None:
         self._channel = self._open()
-        self.stub: Any = FleetStub(self._channel)
+        self.stub: Any = Stub(self._channel)
+
+    async def _dial_anew(self) -> None:
+        """On a TCP connection of its own: the old one may be half open, and its channel would not know for long.
+
+        Calls that are still on it are cancelled.
+        """
+        before = self._channel
+        self._dial()
+        await before.close()
 
     def _open(self) -> aio.Channel:
         options = [*CHANNEL, ("grpc.enable_http_proxy", 0 if self._address.loopback else 1)]
@@ -77,6 +97,7 @@ class Link:
         last, pause, said = time.monotonic(), 0.5, ""
         try:
             while True:
+                silent = False
                 try:
                     finished = await self._converse()
                     if finished and once:
@@ -84,11 +105,15 @@ class Link:
                     reason = "the server has finished its runs" if finished else "the server closed the connection"
                 except aio.AioRpcError as error:
                     reason = await self._reason(error)
-                except (TimeoutError, ConnectionError) as error:
-                    reason = str(error) or "the server does not answer"
+                except ConnectionError as error:
+                    reason = str(error) or "the connection broke"
+                except TimeoutError:
+                    reason, silent = "the server does not answer", True
                 if self._connected.is_set():
                     self._connected.clear()
                     last, pause, said = time.monotonic(), 0.5, ""
+                if silent:
+                    await self._dial_anew()
                 if patience is not None and time.monotonic() - last > patience:
                     raise ConnectionRefused(reason or f"the server at {self._address} does not answer")
                 if reason and reason != said:

@@ -16,7 +16,7 @@ from shoal.protos import fleet_pb2 as wire
 from shoal.protos.codec import content_of
 from shoal.protos.errors import CodecError, InvalidUpdate
 from shoal.protos.files import mapped, sync_file
-from shoal.protos.transport import blocks, check_chunk, fill
+from shoal.protos.transport import blocks, data_of, upload_request
 
 __all__ = ["Depot", "Over", "deliver"]
 
@@ -39,12 +39,12 @@ class _Attempts:
     def __init__(self, link: Link) -> None:
         self._link, self._moved, self._vain = link, -1, 0
 
-    async def again(self, error: aio.AioRpcError | CodecError, moved: int) -> None:
+    async def again(self, error: aio.AioRpcError | CodecError | asyncio.CancelledError, moved: int) -> None:
         """Wait before the next attempt; ``moved`` bytes are across so far.
 
         Over if the server wants no more of it, InvalidUpdate if it says no, or has said the same too often.
         """
-        code, said = (error.code(), error.details()) if isinstance(error, aio.AioRpcError) else (None, str(error))
+        code, said = _code(error), error.details() if isinstance(error, aio.AioRpcError) else str(error)
         if code is grpc.StatusCode.NOT_FOUND:
             raise Over(said) from error
         self._vain = 0 if moved > self._moved or code in BROKEN or code is FULL else self._vain + 1
@@ -53,6 +53,16 @@ class _Attempts:
             raise InvalidUpdate(said or f"the server fails ({code})") from error
         await asyncio.sleep(PAUSE)
         await self._link.session()
+
+
+def _code(error: aio.AioRpcError | CodecError | asyncio.CancelledError) -> grpc.StatusCode | None:
+    """A call on a channel that the link has given up is cancelled; so is one whose task shall end: that goes on."""
+    if isinstance(error, asyncio.CancelledError):
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise error
+        return grpc.StatusCode.CANCELLED
+    return error.code() if isinstance(error, aio.AioRpcError) else None
 
 
 class Depot:
@@ -84,7 +94,7 @@ class Depot:
         while True:
             try:
                 return await self._download(link, content, part)
-            except (aio.AioRpcError, CodecError) as error:
+            except (aio.AioRpcError, CodecError, asyncio.CancelledError) as error:
                 await attempts.again(error, part.stat().st_size if part.is_file() else 0)
 
     async def _download(self, link: Link, content: wire.Content, part: Path) -> None:
@@ -96,9 +106,9 @@ class Depot:
             request = wire.DownloadRequest(session=session, sha256=content.sha256, offset=offset)
             if offset < content.total_bytes:
                 async for chunk in link.stub.Download(request):
-                    check_chunk(chunk, offset, content.total_bytes)
-                    await asyncio.to_thread(_append, file, digest, chunk.data)
-                    offset += len(chunk.data)
+                    data = data_of(chunk, offset, content.total_bytes)
+                    await asyncio.to_thread(_append, file, digest, data)
+                    offset += len(data)
         if digest.digest() != content.sha256:
             part.unlink()
             raise CodecError("the bytes from the server are not those that it announced: their SHA-256 differs")
@@ -134,15 +144,13 @@ async def deliver(link: Link, nonce: str, header: bytes, payload: Path) -> wire.
                 wire.CommitRequest(session=session, nonce=nonce), timeout=SHORT
             )
             return receipt
-        except aio.AioRpcError as error:
+        except (aio.AioRpcError, asyncio.CancelledError) as error:
             await attempts.again(error, moved)
 
 
-async def _pieces(session: str, nonce: str, data: memoryview, offset: int) -> AsyncIterator[wire.UploadRequest]:
+async def _pieces(session: str, nonce: str, data: memoryview, offset: int) -> AsyncIterator[bytes]:
     for position, block in blocks([data], offset):
-        request = wire.UploadRequest(session=session, nonce=nonce)
-        fill(request.chunk, position, block)
-        yield request
+        yield upload_request(session, nonce, position, block)
 
 
 def _digest(path: Path) -> hashlib._Hash:

@@ -32,11 +32,11 @@ __all__ = [
     "Address",
     "Certificates",
     "blocks",
-    "check_chunk",
     "check_exposure",
-    "chunks",
-    "fill",
+    "chunk",
+    "data_of",
     "software",
+    "upload_request",
 ]
 
 VERSIONS = (1,)  # of the protocol
@@ -53,8 +53,9 @@ _COMMON = [
 CHANNEL = [
     *_COMMON,
     ("grpc.use_local_subchannel_pool", 1),  # each client a TCP connection of its own, as devices have
-    ("grpc.keepalive_time_ms", 60_000),
-    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_time_ms", 30_000),  # a connection that swallows everything ends within these two
+    ("grpc.http2.ping_timeout_ms", 10_000),  # 60 s unless set, whatever the next one says
+    ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.initial_reconnect_backoff_ms", 500),
     ("grpc.max_reconnect_backoff_ms", 1_000),
@@ -65,10 +66,11 @@ SERVER = [
     ("grpc.http2.bdp_probe", 0),  # or windows grow, and with them the bytes of each client that wait in memory
     ("grpc.http2.lookahead_bytes", 2**18),
     ("grpc.keepalive_time_ms", 60_000),  # finds out who is gone without a word
+    ("grpc.http2.ping_timeout_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 20_000),
     ("grpc.keepalive_permit_without_calls", 1),  # or the pings of a client that waits to call again are too many
     ("grpc.http2.min_ping_interval_without_data_ms", 20_000),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 20_000),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 20_000),  # less than clients wait between two pings
     ("grpc.max_metadata_size", 16_384),
     ("grpc.server_handshake_timeout_ms", 20_000),
 ]
@@ -185,36 +187,53 @@ def check_exposure(address: Address, tls: Path | None, insecure: bool, force: bo
     return None
 
 
-def blocks(buffers: Sequence[memoryview], offset: int) -> Iterator[tuple[int, bytes]]:
+def blocks(buffers: Sequence[memoryview], offset: int) -> Iterator[tuple[int, memoryview]]:
     """The bytes of several buffers, one behind the other, from ``offset`` on, in pieces with their own offsets."""
     start = 0
     for buffer in buffers:
         position = max(offset - start, 0)
         while position < buffer.nbytes:
-            data = bytes(buffer[position : position + CHUNK])
+            data = buffer[position : position + CHUNK]
             yield start + position, data
-            position += len(data)
+            position += data.nbytes
         start += buffer.nbytes
 
 
-def fill(chunk: wire.Chunk, offset: int, data: bytes) -> None:
-    """Write a piece into a chunk, where it is: to copy a message of this size costs more than to make it."""
-    chunk.offset, chunk.data, chunk.crc32 = offset, data, zlib.crc32(data)
+def chunk(offset: int, data: memoryview) -> bytes:
+    """A Chunk in wire form."""
+    return b"".join(_chunk(offset, data))
 
 
-def chunks(buffers: Sequence[memoryview], offset: int) -> Iterator[wire.Chunk]:
-    """:func:`blocks` as messages."""
-    for position, data in blocks(buffers, offset):
-        chunk = wire.Chunk()
-        fill(chunk, position, data)
-        yield chunk
+def upload_request(session: str, nonce: str, offset: int, data: memoryview) -> bytes:
+    """An UploadRequest in wire form."""
+    head = wire.UploadRequest(session=session, nonce=nonce).SerializeToString()
+    parts = _chunk(offset, data)
+    return b"".join((head, _prefix(wire.UploadRequest.CHUNK_FIELD_NUMBER, sum(map(len, parts))), *parts))
 
 
-def check_chunk(chunk: wire.Chunk, offset: int, total: int) -> None:
-    """CodecError unless the chunk is whole, begins at ``offset`` and fits into ``total`` bytes."""
+def _chunk(offset: int, data: memoryview) -> tuple[bytes, bytes, memoryview]:
+    """A Chunk in wire form, whose bytes stay where they are: protobuf would copy them three times."""
+    rest = wire.Chunk(offset=offset, crc32=zlib.crc32(data)).SerializeToString()
+    return rest, _prefix(wire.Chunk.DATA_FIELD_NUMBER, data.nbytes), data
+
+
+def _prefix(field: int, length: int) -> bytes:
+    """What stands before the bytes of a field (https://protobuf.dev/programming-guides/encoding/)."""
+    found = bytearray([field << 3 | 2])
+    while length > 127:
+        found.append(length & 127 | 128)
+        length >>= 7
+    found.append(length)
+    return bytes(found)
+
+
+def data_of(chunk: wire.Chunk, offset: int, total: int) -> bytes:
+    """The chunk's bytes; CodecError unless it is whole, begins at ``offset`` and fits into ``total`` bytes."""
+    data = chunk.data  # a copy each time
     if chunk.offset != offset:
         raise CodecError(f"a chunk begins at byte {chunk.offset}, expected {offset}; go on from there")
-    if not chunk.data or offset + len(chunk.data) > total:
-        raise CodecError(f"a chunk of {len(chunk.data)} bytes at {offset} does not fit into {total} bytes")
-    if zlib.crc32(chunk.data) != chunk.crc32:
+    if not data or offset + len(data) > total:
+        raise CodecError(f"a chunk of {len(data)} bytes at {offset} does not fit into {total} bytes")
+    if zlib.crc32(data) != chunk.crc32:
         raise CodecError(f"the chunk at byte {offset} is damaged: its CRC-32 differs; send it again")
+    return data

@@ -15,9 +15,10 @@ from grpc import aio
 
 from shoal.protos import fleet_pb2 as wire
 from shoal.protos.errors import CodecError
-from shoal.protos.transport import BOARD, SERVICE, chunks
+from shoal.protos.transport import BOARD, SERVICE, blocks, chunk
 from shoal.server.board import Board
 from shoal.server.hub import Hub
+from shoal.server.intake import Intake
 from shoal.server.orders import Denied, Disk, Moved, Session
 
 __all__ = ["board_handlers", "handlers"]
@@ -92,11 +93,11 @@ class _Service:
         wanted = _parse(wire.DownloadRequest, request)
         async with _Place(self._downloads) as place:
             blob = self._hub.blob(self._hub.session(wanted.session), wanted.sha256)
-            for chunk in chunks(blob.buffers, wanted.offset):
+            for offset, data in blocks(blob.buffers, wanted.offset):
                 # Each chunk is a sign of life; and the end, if the connection or the round is over.
                 self._hub.blob(self._hub.session(wanted.session), wanted.sha256)
-                await place.while_waiting(context.write(chunk.SerializeToString()))
-                self._hub.tell(Moved(down=len(chunk.data)))
+                await place.while_waiting(context.write(chunk(offset, data)))
+                self._hub.tell(Moved(down=data.nbytes))
 
     async def begin(self, request: bytes, context: Context) -> bytes:
         asked = _parse(wire.BeginRequest, request)
@@ -105,18 +106,20 @@ class _Service:
 
     async def upload(self, requests: AsyncIterator[bytes], context: Context) -> bytes:
         async with _Place(self._uploads) as place:
-            first = piece = _parse(wire.UploadRequest, await place.while_waiting(_next(requests)))
-            while True:
-                incoming = self._hub.incoming(self._hub.session(first.session), first.nonce)
-                try:
-                    offset = await incoming.append(piece.chunk)
-                except CodecError as error:  # not the answer's end: the client goes on from where it was right
-                    raise Denied("ABORTED", str(error)) from error
-                self._hub.tell(Moved(up=len(piece.chunk.data)))
-                request = await place.while_waiting(_next(requests))
-                if request is None:
-                    return wire.UploadReply(offset=offset).SerializeToString()
-                piece = _parse(wire.UploadRequest, request)
+            first = _parse(wire.UploadRequest, await place.while_waiting(_next(requests)))
+            piece, intake = first, Intake(lambda count: self._hub.tell(Moved(up=count)))
+            try:
+                while True:
+                    await intake.put(self._hub.incoming(self._hub.session(first.session), first.nonce), piece.chunk)
+                    request = await place.while_waiting(_next(requests))
+                    if request is None:
+                        break
+                    piece = _parse(wire.UploadRequest, request)
+                return wire.UploadReply(offset=await intake.end()).SerializeToString()
+            except CodecError as error:  # not the answer's end: the client goes on from where it was right
+                raise Denied("ABORTED", str(error)) from error
+            finally:
+                await intake.settle()
 
     async def commit(self, request: bytes, context: Context) -> bytes:
         asked = _parse(wire.CommitRequest, request)
@@ -159,16 +162,14 @@ class _Place:
 
     async def while_waiting(self, peer: Coroutine[Any, Any, T]) -> T:
         """What the peer sends, or that it has read; Denied if it does nothing for too long."""
-        waiting = asyncio.create_task(_in_time(peer))
-        waiting.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may be left to hear it
+        leaving = asyncio.get_running_loop().call_later(QUICK, self._leave)
         try:
-            if not (await asyncio.wait([waiting], timeout=QUICK))[0]:
-                self._leave()
-                await asyncio.wait([waiting])
-                await self._take()
-            return await waiting
+            found = await _in_time(peer)
         finally:
-            waiting.cancel()
+            leaving.cancel()
+        if not self._taken:
+            await self._take()
+        return found
 
 
 async def _next(requests: AsyncIterator[bytes]) -> bytes | None:
@@ -179,7 +180,8 @@ async def _next(requests: AsyncIterator[bytes]) -> bytes | None:
 async def _in_time(peer: Coroutine[Any, Any, T]) -> T:
     """What is waited for; Denied if it does not come."""
     try:
-        return await asyncio.wait_for(peer, IDLE)
+        async with asyncio.timeout(IDLE):
+            return await peer
     except TimeoutError as error:
         raise Denied("DEADLINE_EXCEEDED", f"nothing moved for {IDLE:.0f} s; call again and go on") from error
 

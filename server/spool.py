@@ -6,14 +6,17 @@ import asyncio
 import errno
 import hashlib
 import shutil
+from collections.abc import Sequence
+from io import FileIO
 from pathlib import Path
 
 from shoal.protos import fleet_pb2 as wire
 from shoal.protos.errors import CodecError
-from shoal.protos.transport import check_chunk
+from shoal.protos.transport import data_of
 
 __all__ = ["Incoming", "Torn"]
 
+GONE = "this answer is not wanted any more, or was begun anew; call Begin"
 SPARE = 2**24  # bytes beside the answer itself that must be free on the disk: checkpoint and log need room too
 
 
@@ -32,6 +35,7 @@ class Incoming:
         self.path, self.header, self.total, self.offset = path, header, total, 0
         self._note = path.with_suffix(".header")
         self._sha256 = sha256
+        self._gone = False
         self._turn = asyncio.Lock()  # an old connection may still be sending when the new one goes on
         self._digest: hashlib._Hash | None = hashlib.sha256()
         if total and self._begun():
@@ -45,27 +49,35 @@ class Incoming:
         found = self._note.is_file() and self.path.is_file() and self._note.read_bytes() == self.header
         return found and 0 < self.path.stat().st_size <= self.total
 
-    async def append(self, chunk: wire.Chunk) -> int:
-        """The new offset; CodecError, and nothing taken, for a chunk that is damaged or not the next one."""
-        # A task of its own: a caller that hangs up must not leave the chunk half taken.
-        return await asyncio.shield(self._append(chunk))
+    async def append(self, chunks: Sequence[wire.Chunk]) -> int:
+        """Take chunks in their order, and say how many bytes they had.
 
-    async def _append(self, chunk: wire.Chunk) -> int:
+        CodecError at the first that is damaged or not the next: none is taken from there on.
+        """
+        # A task of its own: a caller that hangs up must not leave a chunk half taken.
+        return await asyncio.shield(self._append(chunks))
+
+    async def _append(self, chunks: Sequence[wire.Chunk]) -> int:
         async with self._turn:
-            check_chunk(chunk, self.offset, self.total)
-            await asyncio.to_thread(self._write, chunk.data)
-            self.offset += len(chunk.data)
-            return self.offset
+            if self._gone:  # and the file, if there is one, is another answer's
+                raise CodecError(GONE)
+            before = self.offset
+            await asyncio.to_thread(self._write, chunks)
+            return self.offset - before
 
-    def _write(self, data: bytes) -> None:
+    def _write(self, chunks: Sequence[wire.Chunk]) -> None:
+        """In a thread: going there and back costs as much as a chunk, so it is done once for all that wait."""
         try:
-            with self.path.open("r+b") as file:
-                file.seek(self.offset)  # and not the end, where a full disk may have left a part of the chunk
-                file.write(data)
+            with self.path.open("r+b", buffering=0) as file:
+                file.seek(self.offset)  # and not the end, where a full disk may have left a part of a chunk
+                for chunk in chunks:
+                    data = data_of(chunk, self.offset, self.total)
+                    _write_all(file, data)
+                    if self._digest is not None:
+                        self._digest.update(data)
+                    self.offset += len(data)
         except FileNotFoundError as error:
-            raise CodecError("this answer is not wanted any more, or was begun anew; call Begin") from error
-        if self._digest is not None:
-            self._digest.update(data)
+            raise CodecError(GONE) from error
 
     def complete(self) -> None:
         """CodecError if bytes are missing or are not those that were announced; Torn if they may be sent again."""
@@ -79,8 +91,15 @@ class Incoming:
             raise CodecError("the payload is not the one that was announced: its SHA-256 differs")
 
     def discard(self) -> None:
+        self._gone = True
         self._note.unlink(missing_ok=True)
         self.path.unlink(missing_ok=True)
+
+
+def _write_all(file: FileIO, data: bytes) -> None:
+    left = memoryview(data)
+    while left:
+        left = left[file.write(left) :]
 
 
 def _check_room(folder: Path, total: int) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
 import socket
 import socketserver
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +17,15 @@ import grpc
 import pytest
 
 from shoal.client.link import Link
+from shoal.client.transfer import deliver
 from shoal.protos import fleet_pb2 as wire
 from shoal.protos.errors import ConnectionRefused
-from shoal.protos.transport import CHANNEL, Address
+from shoal.protos.transport import CHANNEL, CHUNK, SERVER, Address
 from shoal.server.service import handlers
 from shoal.server.serving import Serving
+from shoal.server.spool import Incoming
+from tests.chaos.proxy import Proxy
+from tests.client.test_transfer import answer, ask
 
 if TYPE_CHECKING:
     from tests.client.conftest import Between, Connect, Serve
@@ -300,6 +305,87 @@ async def test_a_connection_that_breaks_is_made_again_and_each_break_is_told(
             await link.says("the connection broke; trying again")
 
     assert len(sessions) == 3
+
+
+@asynccontextmanager
+async def proxy(target: Address) -> AsyncIterator[tuple[Proxy, Address]]:
+    proxy = Proxy(target.port, random.Random(0))
+    await proxy.start()
+    try:
+        yield proxy, Address("127.0.0.1", proxy.port)
+    finally:
+        await proxy.close()
+
+
+@pytest.mark.slow
+@pytest.mark.fault(5)
+async def test_a_half_open_connection_is_left_for_a_new_one(
+    serve: Serve, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Calling on the old one would wait for its keepalive: 63 s were measured, more than a test here may take."""
+    monkeypatch.setattr("shoal.client.link.HELLO", 1.0)
+    serving = serve(heartbeat=0.1)
+    async with proxy(serving.address) as (between, address), connect(address) as link:
+        for _ in range(2):
+            await link.says("connected to")
+            before = await link.session()
+            assert between.silence() == 1
+            assert await link.says("trying again") == "the server does not answer; trying again"
+
+        await link.says("connected to")
+        assert await link.session() != before
+
+
+@pytest.mark.slow
+@pytest.mark.fault(5)
+async def test_an_upload_goes_on_when_its_connection_has_become_half_open(
+    serve: Serve, connect: Connect, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serving, loop, silenced = serve(heartbeat=0.1), asyncio.get_running_loop(), list[int]()
+    header, payload = answer(tmp_path, 12 * CHUNK // 8)
+    async with proxy(serving.address) as (between, address), connect(address) as link:
+        write = Incoming._write
+
+        def written(incoming: Incoming, chunks: Sequence[wire.Chunk]) -> None:
+            write(incoming, chunks)
+            if not silenced:
+                silenced.append(incoming.offset)
+                asyncio.run_coroutine_threadsafe(_silence(between), loop).result(10)
+
+        monkeypatch.setattr(Incoming, "_write", written)
+        ask(serving)
+        receipt = await deliver(link, (await link.offer()).nonce, header, payload)
+
+    assert receipt.status == wire.Receipt.ACCEPTED
+    assert 0 < silenced[0] < payload.stat().st_size
+
+
+@pytest.mark.slow
+@pytest.mark.fault(5)
+async def test_pings_find_a_half_open_connection_where_heartbeats_are_far_apart(
+    serve: Serve, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = ("grpc.keepalive_time_ms", "grpc.http2.ping_timeout_ms", "grpc.keepalive_timeout_ms")
+    assert dict(CHANNEL).keys() >= set(times)
+    monkeypatch.setattr("shoal.client.link.CHANNEL", list((dict(CHANNEL) | dict.fromkeys(times, 500)).items()))
+    serving = serve(heartbeat=30.0)
+    async with proxy(serving.address) as (between, address), connect(address) as link:
+        before = await link.session()
+        await _silence(between)  # before the first ping: the server would take so many for an attack
+        await link.says("the connection broke; trying again")
+        await link.says("connected to")
+
+        assert await link.session() != before
+
+
+async def _silence(between: Proxy) -> None:
+    assert between.silence() == 1
+
+
+def test_clients_do_not_ping_more_often_than_the_server_allows() -> None:
+    allowed = dict(SERVER)["grpc.http2.min_recv_ping_interval_without_data_ms"]
+
+    assert dict(CHANNEL)["grpc.keepalive_time_ms"] > allowed
 
 
 @pytest.mark.fault(5)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from shoal.protos import fleet_pb2 as wire
 from shoal.protos import transport
 from shoal.protos.errors import CodecError, ConnectionRefused
-from shoal.protos.transport import Address, Certificates, check_chunk, check_exposure, chunks
+from shoal.protos.transport import Address, Certificates, blocks, check_exposure, chunk, data_of, upload_request
 
 quick = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 HERE, AWAY = Address("127.0.0.1", 8470), Address("0.0.0.0", 8470)
@@ -93,14 +93,24 @@ def test_chunks_are_the_bytes_of_all_buffers_from_any_offset(parts: list[bytes],
     whole = b"".join(parts)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transport, "CHUNK", size)
-        found = list(chunks([memoryview(part) for part in parts], offset))
+        found = [wire.Chunk.FromString(chunk(*block)) for block in blocks([memoryview(part) for part in parts], offset)]
     end = offset
-    for chunk in found:
-        check_chunk(chunk, end, len(whole))
-        end += len(chunk.data)
+    for piece in found:
+        end += len(data_of(piece, end, len(whole)))
 
     assert b"".join(chunk.data for chunk in found) == whole[offset:]
     assert all(len(chunk.data) <= size for chunk in found)
+
+
+@pytest.mark.parametrize("size", [1, 127, 128, 200, 2**14 - 1, 2**14, 2**21 - 40, 2**21])
+@pytest.mark.parametrize("offset", [0, 1, 2**63])
+def test_an_upload_request_is_what_protobuf_would_write(size: int, offset: int) -> None:
+    data = (bytes(range(256)) * (size // 256 + 1))[:size]
+    chunk = wire.Chunk(offset=offset, data=data, crc32=zlib.crc32(data))
+    found = upload_request("session", "nonce", offset, memoryview(data))
+
+    assert wire.UploadRequest.FromString(found) == wire.UploadRequest(session="session", nonce="nonce", chunk=chunk)
+    assert len(found) == wire.UploadRequest(session="session", nonce="nonce", chunk=chunk).ByteSize()
 
 
 @pytest.mark.parametrize(
@@ -117,17 +127,17 @@ def test_chunks_are_the_bytes_of_all_buffers_from_any_offset(parts: list[bytes],
 def test_a_chunk_that_is_not_the_next_whole_one_is_refused(offset: int, data: bytes, crc32: int, reason: str) -> None:
     chunk = wire.Chunk(offset=offset, data=data, crc32=zlib.crc32(data) ^ crc32)
     with pytest.raises(CodecError, match=reason):
-        check_chunk(chunk, 8, 12)
+        data_of(chunk, 8, 12)
 
 
 @quick
 @given(st.binary(min_size=1, max_size=64), st.data())
 @pytest.mark.fault(20)
 def test_any_bit_that_flips_is_found(data: bytes, draw: st.DataObject) -> None:
-    (chunk,) = chunks([memoryview(data)], 0)
+    damaged = wire.Chunk.FromString(chunk(0, memoryview(data)))
     bit = draw.draw(st.integers(0, 8 * len(data) - 1))
     flipped = bytearray(data)
     flipped[bit // 8] ^= 1 << bit % 8
-    chunk.data = bytes(flipped)
+    damaged.data = bytes(flipped)
     with pytest.raises(CodecError, match="damaged"):
-        check_chunk(chunk, 0, len(data))
+        data_of(damaged, 0, len(data))

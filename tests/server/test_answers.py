@@ -7,7 +7,7 @@ import functools
 import os
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -235,8 +235,9 @@ def test_a_disk_that_is_full_or_fails_loses_nothing(
     assert peer.commit(nonce).status == wire.Receipt.ACCEPTED
 
 
-def _half(self: Any, data: bytes, number: int) -> None:
+def _half(self: Any, chunks: Sequence[wire.Chunk], number: int) -> None:
     """As a disk that takes a part of the bytes, then fails."""
+    data = chunks[0].data
     with self.path.open("r+b") as file:
         file.seek(self.offset)
         file.write(data[: len(data) // 2])

@@ -56,6 +56,7 @@ def test_an_upload_of_a_process_that_was_replaced_ends(
     begun: tuple[Serving, Peer, str], join: Join, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     serving, first, nonce = begun
+    monkeypatch.setattr("shoal.server.intake.BATCH", 1)
     writing, go = slowly(monkeypatch, "shoal.server.spool.Incoming._write")
     pieces = [first.piece(nonce, at, BIG[1][at : at + CHUNK]) for at in range(0, len(BIG[1]), CHUNK)]
     call = first.stub.Upload.future(iter(pieces))
