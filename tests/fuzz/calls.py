@@ -22,7 +22,7 @@ from shoal.protos import fleet_pb2 as wire
 from shoal.protos.codec import decode_update, encode
 from shoal.protos.errors import CodecError
 from shoal.protos.messages import Update
-from shoal.protos.transport import SERVICE, Address
+from shoal.protos.transport import BOARD, SERVICE, Address
 from shoal.server.journal import Journal
 from shoal.server.orders import Blob, Order
 from shoal.server.serving import Serving
@@ -38,7 +38,10 @@ WAIT = 10.0
 CONTENT = Blob.of(bytes(64))
 HEADER, BUFFERS = encode(Update(np.zeros(4), 1))
 PAYLOAD = b"".join(BUFFERS)
-REQUESTS = (wire.ConnectRequest, wire.DownloadRequest, wire.UploadRequest, wire.BeginRequest, wire.CommitRequest)
+REQUESTS = (
+    *(wire.ConnectRequest, wire.DownloadRequest, wire.UploadRequest),
+    *(wire.BeginRequest, wire.CommitRequest, wire.StatusRequest),
+)
 SAID_NO = {
     *(grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.NOT_FOUND),
     *(grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.ABORTED),
@@ -77,7 +80,7 @@ class _Target:
     def _call(self, kind: int, message: bytes) -> None:
         channel: Any = self._peer.channel
         try:
-            match kind % 5:
+            match kind % len(REQUESTS):
                 case 0:
                     list(channel.stream_stream(f"/{SERVICE}/Connect")(iter([message]), timeout=WAIT))
                 case 1:
@@ -88,6 +91,8 @@ class _Target:
                     channel.unary_unary(f"/{SERVICE}/Begin")(message, timeout=WAIT)
                 case 4:
                     channel.unary_unary(f"/{SERVICE}/Commit")(message, timeout=WAIT)
+                case 5:
+                    channel.unary_unary(f"/{BOARD}/Status")(message, timeout=WAIT)
         except grpc.RpcError as error:
             assert error.code() in SAID_NO and error.details(), error
 
@@ -126,13 +131,13 @@ def mutate(data: bytes, rng: random.Random) -> bytes:
     kind, message = rows.pop(at)
     if rng.random() < 0.7:
         try:
-            request = REQUESTS[kind % 5].FromString(message)
+            request = REQUESTS[kind % len(REQUESTS)].FromString(message)
         except DecodeError:
             return data
         mutated(request, rng)
         rows.insert(at, (kind, request.SerializeToString()))
     else:
-        rows[at:at] = rng.choice(([], [(kind, message)] * 2, [(rng.randrange(5), message)]))
+        rows[at:at] = rng.choice(([], [(kind, message)] * 2, [(rng.randrange(len(REQUESTS)), message)]))
         rng.shuffle(rows)
     return b"".join(_row(kind, message) for kind, message in rows)
 
@@ -149,6 +154,7 @@ def seeds() -> list[bytes]:
     commit = wire.CommitRequest(session=session, nonce=nonce)
     rows: list[list[tuple[int, Any]]] = [
         [(0, hello)],
+        [(5, wire.StatusRequest())],
         [(1, download)],
         [(3, begin), (2, first), (2, second), (4, commit), (4, commit)],
         [(3, begin), (2, first), (3, begin), (2, second), (4, commit)],
