@@ -22,12 +22,23 @@ if TYPE_CHECKING:
     from shoal.run import Run as Run
     from shoal.simulate import resume as resume
     from shoal.simulations import datasets as datasets
-    from shoal.simulations.partitioners import Dirichlet as Dirichlet
-    from shoal.simulations.partitioners import DirichletMix as DirichletMix
+    from shoal.simulations.label_skew import Continuous as Continuous
+    from shoal.simulations.label_skew import Dirichlet as Dirichlet
+    from shoal.simulations.label_skew import DirichletMix as DirichletMix
+    from shoal.simulations.label_skew import Distribution as Distribution
+    from shoal.simulations.label_skew import InnerDirichlet as InnerDirichlet
+    from shoal.simulations.label_skew import Pathological as Pathological
+    from shoal.simulations.label_skew import PowerLaw as PowerLaw
+    from shoal.simulations.label_skew import Shards as Shards
+    from shoal.simulations.label_skew import Similarity as Similarity
+    from shoal.simulations.partitioners import GroupedNatural as GroupedNatural
     from shoal.simulations.partitioners import Iid as Iid
     from shoal.simulations.partitioners import Natural as Natural
-    from shoal.simulations.partitioners import QuantitySkew as QuantitySkew
-    from shoal.simulations.partitioners import Shards as Shards
+    from shoal.simulations.partitioners import Partitioner as Partitioner
+    from shoal.simulations.partitioners import Resampled as Resampled
+    from shoal.simulations.quantity_skew import Growing as Growing
+    from shoal.simulations.quantity_skew import QuantitySkew as QuantitySkew
+    from shoal.simulations.quantity_skew import Sizes as Sizes
     from shoal.strategies.apfl import APFL as APFL
     from shoal.strategies.base import Strategy as Strategy
     from shoal.strategies.ditto import Ditto as Ditto
@@ -59,8 +70,10 @@ _HOMES = {
     "APFL": "shoal.strategies.apfl",
     "Client": "shoal.client.client",
     "Comparison": "shoal.comparison",
-    "Dirichlet": "shoal.simulations.partitioners",
-    "DirichletMix": "shoal.simulations.partitioners",
+    "Continuous": "shoal.simulations.label_skew",
+    "Dirichlet": "shoal.simulations.label_skew",
+    "DirichletMix": "shoal.simulations.label_skew",
+    "Distribution": "shoal.simulations.label_skew",
     "Ditto": "shoal.strategies.ditto",
     "Evaluation": "shoal.protos.experiment",
     "Experiment": "shoal.experiment",
@@ -80,19 +93,28 @@ _HOMES = {
     "FedSAM": "shoal.strategies.fedsam",
     "FedYogi": "shoal.strategies.fedyogi",
     "FineTune": "shoal.strategies.finetune",
+    "GroupedNatural": "shoal.simulations.partitioners",
+    "Growing": "shoal.simulations.quantity_skew",
     "Iid": "shoal.simulations.partitioners",
+    "InnerDirichlet": "shoal.simulations.label_skew",
     "LgFedAvg": "shoal.strategies.lgfedavg",
     "LocalTraining": "shoal.client.local",
     "MimeLite": "shoal.strategies.mimelite",
     "Moon": "shoal.strategies.moon",
     "Natural": "shoal.simulations.partitioners",
     "PFedMe": "shoal.strategies.pfedme",
+    "Partitioner": "shoal.simulations.partitioners",
+    "Pathological": "shoal.simulations.label_skew",
     "PerFedAvg": "shoal.strategies.perfedavg",
-    "QuantitySkew": "shoal.simulations.partitioners",
+    "PowerLaw": "shoal.simulations.label_skew",
+    "QuantitySkew": "shoal.simulations.quantity_skew",
+    "Resampled": "shoal.simulations.partitioners",
     "Run": "shoal.run",
     "Scaffold": "shoal.strategies.scaffold",
-    "Shards": "shoal.simulations.partitioners",
+    "Shards": "shoal.simulations.label_skew",
     "ShoalError": "shoal.protos.errors",
+    "Similarity": "shoal.simulations.label_skew",
+    "Sizes": "shoal.simulations.quantity_skew",
     "Strategy": "shoal.strategies.base",
     "Uniform": "shoal.strategies.selectors",
     "Work": "shoal.client.client",
@@ -105,8 +127,10 @@ __all__ = [
     "APFL",
     "Client",
     "Comparison",
+    "Continuous",
     "Dirichlet",
     "DirichletMix",
+    "Distribution",
     "Ditto",
     "Evaluation",
     "Experiment",
@@ -126,19 +150,28 @@ __all__ = [
     "FedSAM",
     "FedYogi",
     "FineTune",
+    "GroupedNatural",
+    "Growing",
     "Iid",
+    "InnerDirichlet",
     "LgFedAvg",
     "LocalTraining",
     "MimeLite",
     "Moon",
     "Natural",
     "PFedMe",
+    "Partitioner",
+    "Pathological",
     "PerFedAvg",
+    "PowerLaw",
     "QuantitySkew",
+    "Resampled",
     "Run",
     "Scaffold",
     "Shards",
     "ShoalError",
+    "Similarity",
+    "Sizes",
     "Strategy",
     "Uniform",
     "Work",

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,12 +21,12 @@ from shoal.server.coordinator import Coordinator, Observer, Plan, start
 from shoal.server.fleet import Ask, Fleet
 from shoal.simulations.blocks import EngineName, Method
 from shoal.simulations.cluster import Cluster
-from shoal.simulations.datasets import Dataset
+from shoal.simulations.dataset import Dataset
 from shoal.simulations.engine import Assignment
 from shoal.simulations.federated import ArrayData, FederatedData
 from shoal.simulations.fleet import SimulatedFleet
-from shoal.simulations.partitioners import describe
 from shoal.simulations.planner import refusal
+from shoal.simulations.survey import survey
 from shoal.strategies.base import Context
 
 __all__ = ["Composition", "Place"]
@@ -72,8 +71,7 @@ class Composition:
         """How the data lies: sizes of shards and, for class labels, how far their mixes are from the whole's."""
         if not isinstance(self.data, ArrayData):
             return {}  # looking would cost more than the run may
-        rows = {client: np.arange(start, middle) for client, (start, middle, _) in self.data.offsets.items()}
-        return describe(rows, self.data.y.numpy())
+        return survey(self.data).summary()
 
     def start(self) -> Checkpoint:
         """The value before the first round."""

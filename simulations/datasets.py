@@ -9,21 +9,19 @@ from __future__ import annotations
 import inspect
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from shoal.client.data import Shard, Table, as_table, table
+from shoal.client.data import Table, as_table, table
 from shoal.client.readers import read_npz
 from shoal.protos import registry
 from shoal.protos.errors import DataError, ExperimentError, nearest
 from shoal.protos.seeds import stream
+from shoal.simulations.dataset import Dataset, check_share
 from shoal.simulations.federated import ArrayData, FederatedData, LazyData, Numbered
-from shoal.simulations.partitioners import Natural, Partitioner
+from shoal.simulations.partitioners import Partitioner
 
 __all__ = [
     "ArrayData",
@@ -40,68 +38,7 @@ __all__ = [
     "load",
 ]
 
-COMMON = ("client_test", "partition", "test_fraction", "test_path")
-
-
-@final
-@dataclass(frozen=True, eq=False, repr=False)
-class Dataset:
-    """Rows, and how to split them.
-
-    Without ``partitioner`` the table's own clients are taken. ``client_test`` is the share of each shard that its
-    client holds out to test on: at least one row, if it has two. ``spec`` is what stands under ``[data]`` in an
-    experiment file that means the same; None where only Python can say it. DataError if the test set has other shapes
-    or class names.
-    """
-
-    train: Table
-    test: Table | None = None
-    partitioner: Partitioner | None = None
-    client_test: float = 0.0
-    spec: Mapping[str, Any] | None = None
-
-    def __post_init__(self) -> None:
-        _check_share("client_test", self.client_test)
-        if self.partitioner is not None:
-            registry.validate(self.partitioner, "data.partition")
-        if self.test is not None and self.test.x.shape[1:] != self.train.x.shape[1:]:
-            raise DataError(
-                f"test examples have shape {list(self.test.x.shape[1:])}, but those to train on "
-                f"{list(self.train.x.shape[1:])}; prepare both alike"
-            )
-        if self.test is not None and self.test.class_names != self.train.class_names:
-            raise DataError(
-                f"test labels are named {self.test.class_names}, but those to train on {self.train.class_names}; "
-                f"read both with the same class_names"
-            )
-
-    def __repr__(self) -> str:
-        test = f" + {len(self.test)} to test on" if self.test is not None else ""
-        return f"<Dataset {self.train}{test}, split by {self.partitioner or 'its own clients'}>"
-
-    def split(self, seed: int) -> FederatedData:
-        """The shards; the same seed gives the same ones. DataError if the partitioner cannot split the rows."""
-        rng = stream(seed, "partition")
-        shards = (self.partitioner or Natural()).split(self.train.y, self.train.clients, rng)
-        offsets, order, start = {}, [], 0
-        for client, rows in shards.items():
-            # Each client keeps a row to train on, so that one with a single row still takes part.
-            held = min(max(1, round(self.client_test * len(rows))), len(rows) - 1) if self.client_test else 0
-            mixed = rng.permutation(rows) if held else rows
-            order += [np.sort(mixed[held:]), np.sort(mixed[:held])]
-            offsets[client] = (start, start + len(rows) - held, start + len(rows))
-            start += len(rows)
-        rows = np.concatenate(order)
-        test = None if self.test is None else Shard(_tensor(self.test.x), _tensor(self.test.y))
-        return ArrayData(_tensor(self.train.x[rows]), _tensor(self.train.y[rows]), offsets, test, self.classes)
-
-    @property
-    def classes(self) -> int | None:
-        """The number of classes in both tables; None for float labels."""
-        labels = [part.y for part in (self.train, self.test) if part is not None]
-        if any(y.dtype.kind == "f" for y in labels):
-            return None
-        return max(len(self.train.class_names or ()), *(int(y.max()) + 1 for y in labels))
+COMMON = ("client_noise", "client_test", "partition", "test_fraction", "test_path")
 
 
 def load(
@@ -109,6 +46,7 @@ def load(
     *,
     partition: Partitioner | Mapping[str, Any] | None = None,
     client_test: float = 0.0,
+    client_noise: float = 0.0,
     test_fraction: float = 0.0,
     test_path: str | Path | None = None,
     **arguments: Any,
@@ -124,8 +62,10 @@ def load(
     _check_known(name, arguments)
     train, test = _train_and_test(name, arguments, test_fraction, test_path)
     partitioner = _partitioner(partition)
-    common = {"client_test": client_test or None, "test_fraction": test_fraction or None, "test_path": test_path}
-    return Dataset(train, test, partitioner, client_test, _spec(name, {**arguments, **common}, partitioner))
+    fractions = {"client_test": client_test, "client_noise": client_noise, "test_fraction": test_fraction}
+    common = {key: value or None for key, value in fractions.items()} | {"test_path": test_path}
+    spec = _spec(name, {**arguments, **common}, partitioner)
+    return Dataset(train, test, partitioner, client_test, spec, client_noise)
 
 
 def from_arrays(
@@ -135,11 +75,13 @@ def from_arrays(
     partition: Partitioner | Mapping[str, Any] | None = None,
     test: tuple[Any, Any] | Table | None = None,
     client_test: float = 0.0,
+    client_noise: float = 0.0,
     **options: Any,
 ) -> Dataset:
     """Rows from numpy, torch, lists or pandas; ``options`` are those of :func:`shoal.client.data.table`."""
     train = table(x, y, clients, **options)
-    return Dataset(train, _test_like(train, test, options), _partitioner(partition), client_test)
+    test = _test_like(train, test, options)
+    return Dataset(train, test, _partitioner(partition), client_test, client_noise=client_noise)
 
 
 def from_shards(
@@ -189,17 +131,8 @@ def from_folder(path: str | Path, size: int | None = None, clients: bool = False
     return load("image-folder", path=path, size=size, clients=clients, **options)
 
 
-def _tensor(array: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.require(array, requirements=["C", "W"]))
-
-
 def _kind(part: Table) -> str:
     return f"x {part.x.dtype}{list(part.x.shape[1:])} and y {part.y.dtype}{list(part.y.shape[1:])}"
-
-
-def _check_share(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-        raise ExperimentError(f"'data.{name}' is {value!r}; it must be a fraction, from 0 to below 1")
 
 
 def _check_known(name: str, arguments: Mapping[str, Any]) -> None:
@@ -259,7 +192,7 @@ def _test_like(train: Table, test: tuple[Any, Any] | Table | None, options: Mapp
 
 def _held_back(train: Table, fraction: float) -> tuple[Table, Table]:
     """The rows to train on and those to test on, the same under every seed."""
-    _check_share("test_fraction", fraction)
+    check_share("test_fraction", fraction)
     rows, count = stream(0, "test").permutation(len(train)), round(fraction * len(train))
     if not 0 < count < len(train):
         raise DataError(

@@ -22,7 +22,8 @@ from shoal.simulations.datasets import (
     load,
 )
 from shoal.simulations.federated import FederatedData
-from shoal.simulations.partitioners import Dirichlet, Iid, Natural, Partitioner
+from shoal.simulations.label_skew import Dirichlet
+from shoal.simulations.partitioners import Iid, Natural, Partitioner
 
 X = np.arange(60, dtype=np.float32).reshape(30, 2)
 Y = np.arange(30) % 3
@@ -220,7 +221,10 @@ def test_a_share_of_the_rows_to_test_on_is_the_same_under_every_seed(csv: Path) 
         ({"name": "csv", "lable": "y"}, r"unknown key 'data.lable' for 'csv' \(did you mean 'label'\?\)"),
         ({"name": "csv", "path": "a.csv"}, r"'data.label' is missing"),
         ({"name": "npz", "path": 3}, r"'data.path' is 3"),
-        ({"partition": {"clients": 3}}, r"'data.partition' is .*, without a kind; write .* one of dirichlet, "),
+        (
+            {"partition": {"clients": 3}},
+            r"'data.partition' is .*, without a kind; write .* one of continuous, ",
+        ),
         ({"partition": "iid"}, r"'data.partition' is 'iid', without a kind"),
         ({"partition": {"kind": "idd", "clients": 3}}, r"'idd' .*did you mean 'iid'"),
         ({"partition": {"kind": "iid", "client": 3}}, r"'data.partition.client' .*did you mean 'clients'"),

@@ -10,7 +10,7 @@ from shoal.protos.errors import DataError
 from shoal.simulations import fashion
 from shoal.simulations.datasets import load
 from shoal.simulations.fashion import fashion_mnist
-from shoal.simulations.partitioners import Dirichlet
+from shoal.simulations.label_skew import Dirichlet
 
 
 @pytest.fixture
