@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+import typer.core
 
 __all__ = ["app", "main"]
 
@@ -175,8 +176,39 @@ def status(
     raise typer.Exit(look(address, certificates, as_json))
 
 
-data_app = typer.Typer(no_args_is_help=True, help="Data of an experiment.")
+class _Show(typer.core.TyperGroup):
+    """``shoal data FILE`` stands for ``shoal data show FILE``."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        if args and args[0] not in {*self.commands, *self.get_help_option_names(ctx)}:
+            args = ["show", *args]
+        return super().parse_args(ctx, args)
+
+
+data_app = typer.Typer(
+    cls=_Show,
+    no_args_is_help=True,
+    help="How the data of an experiment lies among its clients: shoal data EXPERIMENT.toml [KEY=VALUE]...",
+)
 app.add_typer(data_app, name="data")
+
+
+@data_app.command()
+def show(
+    experiment: Annotated[Path, typer.Argument(help="An experiment file (TOML).")],
+    overrides: Overrides = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also as a page that holds all it needs.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show clients, sizes and mixes of labels, before anything is trained; 'show' may be left out."""
+    from shoal.overview import Overview, write
+
+    overview = Overview.of(experiment, overrides or [])
+    if html is not None:
+        from shoal.overview_page import page
+
+        write(html, page(overview))
+    overview.print_json() if as_json else overview.print()
 
 
 @data_app.command()

@@ -10,9 +10,18 @@ from statistics import median
 from shoal.client.sources import write_shard
 from shoal.experiment import Experiment
 from shoal.protos.errors import DataError, ExperimentError
-from shoal.simulations.datasets import Dataset
+from shoal.simulations.dataset import Dataset
+from shoal.simulations.federated import FederatedData
 
-__all__ = ["split"]
+__all__ = ["shards_of", "split"]
+
+
+def shards_of(experiment: Path, overrides: Sequence[str]) -> tuple[Experiment, FederatedData]:
+    """An experiment, and the shards that ``shoal simulate`` would train on; ExperimentError if it has no data."""
+    loaded = Experiment.from_file(experiment, overrides)
+    if loaded.data is None:
+        raise ExperimentError(f"{str(experiment)!r} has no [data] to split")
+    return loaded, loaded.data.split(loaded.seed) if isinstance(loaded.data, Dataset) else loaded.data
 
 
 def split(experiment: Path, overrides: Sequence[str], folder: Path, replace: bool) -> list[str]:
@@ -20,10 +29,7 @@ def split(experiment: Path, overrides: Sequence[str], folder: Path, replace: boo
 
     DataError if the folder holds other shards already, unless they may be replaced.
     """
-    loaded = Experiment.from_file(experiment, overrides)
-    if loaded.data is None:
-        raise ExperimentError(f"{str(experiment)!r} has no [data] to split")
-    data = loaded.data.split(loaded.seed) if isinstance(loaded.data, Dataset) else loaded.data
+    _, data = shards_of(experiment, overrides)
     paths, sizes = list[Path](), list[int]()
     try:
         folder.mkdir(parents=True, exist_ok=True)

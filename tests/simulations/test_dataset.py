@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -47,7 +49,7 @@ def test_noise_must_be_possible() -> None:
         from_arrays(X, Y, dtype="int64", client_noise=1.0)
 
 
-def population(**options: float) -> LazyData:
+def population(**options: Any) -> LazyData:
     x = np.arange(4_000, dtype=np.float32)[:, None]
     data = from_arrays(x, Y, partition=Resampled(1_000_000, 30, alpha=0.5), **options).split(0)
     assert isinstance(data, LazyData)

@@ -397,11 +397,14 @@ def test_lognormal_sizes() -> None:
 
 
 def test_growing_sizes_follow_their_rule() -> None:
-    for by, rule in (("linear", lambda i: i), ("square", lambda i: i * i), ("exponential", np.exp)):
-        labels, number = np.zeros(60_000, np.int64), np.arange(1, 9)
-        share = rule(number) / rule(number).sum()
-        found = sizes(Growing(8, by).split(labels, None, rng()))
-        np.testing.assert_allclose(found, share * 60_000, atol=1)
+    number = np.arange(1, 9)
+    for partitioner, grown in (
+        (Growing(8, "linear"), number),
+        (Growing(8, "square"), number**2),
+        (Growing(8, "exponential"), np.exp(number)),
+    ):
+        found = sizes(partitioner.split(np.zeros(60_000, np.int64), None, rng()))
+        np.testing.assert_allclose(found, grown / grown.sum() * 60_000, atol=1)
     with pytest.raises(DataError, match=r"leaves client '0' without a row of 600; lower data.partition.clients"):
         split(Growing(900, "exponential"))
 

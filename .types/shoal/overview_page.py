@@ -1,0 +1,1 @@
+../../shoal/overview_page.py
