@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 
-from torch import nn
+from torch import Tensor, nn
 
 from shoal.protos.errors import ExperimentError
 
-__all__ = ["cnn", "lenet", "linear", "mlp"]
+__all__ = ["cnn", "gru", "lenet", "linear", "mlp"]
 
 
 def linear(shape: tuple[int, ...], classes: int) -> nn.Module:
@@ -50,6 +50,26 @@ def lenet(shape: tuple[int, ...], classes: int) -> nn.Module:
         *(nn.Conv2d(6, 16, 5), nn.MaxPool2d(2), nn.ReLU()),
         *(nn.Flatten(), nn.Linear(flat, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, classes)),
     )
+
+
+def gru(classes: int, embedding: int = 8, hidden: int = 128, layers: int = 1) -> nn.Module:
+    """What follows each token: tokens 0 to ``classes`` - 1 ``[n, T]`` to logits ``[n, classes, T]``.
+
+    With two layers of 256 it is the character model of McMahan et al. 2017, with a GRU in place of the LSTM.
+    """
+    return _Gru(classes, embedding, hidden, layers)
+
+
+class _Gru(nn.Module):
+    def __init__(self, classes: int, embedding: int, hidden: int, layers: int) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(classes, embedding)
+        self.core = nn.GRU(embedding, hidden, layers, batch_first=True)
+        self.head = nn.Linear(hidden, classes)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.core(self.embed(tokens))[0])
+        return logits.transpose(1, 2)
 
 
 def _image(shape: tuple[int, ...], name: str, least: int) -> tuple[int, int, int]:

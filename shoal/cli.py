@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+import click
 import typer
 import typer.core
 
@@ -179,7 +180,7 @@ def status(
 class _Show(typer.core.TyperGroup):
     """``shoal data FILE`` stands for ``shoal data show FILE``."""
 
-    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if args and args[0] not in {*self.commands, *self.get_help_option_names(ctx)}:
             args = ["show", *args]
         return super().parse_args(ctx, args)

@@ -5,17 +5,11 @@ Xiao, Rasul and Vollgraf 2017 (arXiv 1708.07747), MIT licence.
 
 from __future__ import annotations
 
-import gzip
-import hashlib
-import os
-import zlib
 from pathlib import Path
-
-import numpy as np
 
 from shoal.client.data import Table, table
 from shoal.client.readers import pixels, read_npz
-from shoal.protos.errors import DataError
+from shoal.simulations.found import find, read_idx
 
 __all__ = ["fashion_mnist", "fashion_mnist_subset"]
 
@@ -35,39 +29,16 @@ def fashion_mnist_subset() -> tuple[Table, Table]:
 
 
 def fashion_mnist(path: str | Path | None = None) -> tuple[Table, Table]:
-    """All 60,000 and 10,000 images, ``[N, 1, 28, 28]``, from the four ``.gz`` files in ``path``.
+    """All 60,000 and 10,000 images, ``[N, 1, 28, 28]``, from the four files in ``path``, packed with gzip or not.
 
     Without ``path`` from ``$SHOAL_DATA/fashion-mnist``, ``~/.cache/shoal/fashion-mnist`` or
     ``/usr/share/datasets/fashion-mnist``. DataError if they are not there or are not the published ones.
     """
-    folder = _folder(path)
-    x, y, x_test, y_test = (_idx(folder / f"{name}.gz", digest) for name, digest in FASHION_MNIST.items())
-    return table(pixels(x), y), table(pixels(x_test), y_test)
-
-
-def _folder(path: str | Path | None) -> Path:
-    shared = [Path.home() / ".cache/shoal/fashion-mnist", Path("/usr/share/datasets/fashion-mnist")]
-    own = [Path(os.environ["SHOAL_DATA"]) / "fashion-mnist"] if os.environ.get("SHOAL_DATA") else []
-    places = [*own, *shared] if path is None else [Path(path).expanduser()]
-    for place in places:
-        if all((place / f"{name}.gz").is_file() for name in FASHION_MNIST):
-            return place
-    files = ", ".join(f"{name}.gz" for name in FASHION_MNIST)
-    raise DataError(
-        f"Fashion-MNIST is not in {', '.join(map(str, places))}: put {files} "
-        f"from https://github.com/zalandoresearch/fashion-mnist there, or apt-get install dataset-fashion-mnist, "
-        f"or take 'fashion-mnist-subset'"
+    remedy = (
+        f"put {', '.join(f'{name}.gz' for name in FASHION_MNIST)} from "
+        f"https://github.com/zalandoresearch/fashion-mnist there, or apt-get install dataset-fashion-mnist, or take "
+        f"'fashion-mnist-subset'"
     )
-
-
-def _idx(path: Path, digest: str) -> np.ndarray:
-    """The array of an IDX file, of which the digest is known."""
-    try:
-        content = gzip.decompress(path.read_bytes())
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} is damaged ({error}); fetch it again") from error
-    if hashlib.md5(content, usedforsecurity=False).hexdigest() != digest:
-        raise DataError(f"{path} is not the published file: its content has another MD5 than {digest}; fetch it again")
-    dims = content[3]
-    shape = [int.from_bytes(content[4 + 4 * i : 8 + 4 * i], "big") for i in range(dims)]
-    return np.frombuffer(content, np.uint8, offset=4 + 4 * dims).reshape(shape)
+    folder = find("fashion-mnist", FASHION_MNIST, path, [Path("/usr/share/datasets/fashion-mnist")], remedy)
+    x, y, x_test, y_test = (read_idx(folder / name, digest) for name, digest in FASHION_MNIST.items())
+    return table(pixels(x), y), table(pixels(x_test), y_test)
