@@ -8,7 +8,7 @@ from shoal.client.data import Table, table
 from shoal.client.readers import pixels
 from shoal.simulations.found import find, read_idx
 
-__all__ = ["mnist"]
+__all__ = ["MNIST", "mnist"]
 
 # MD5 of the unpacked files: the same whoever packed them.
 MNIST = {

@@ -31,18 +31,6 @@ def test_rounds_to_a_target_are_interpolated_on_the_best_so_far(papers: dict[str
     assert crossing(np.array([0.1, 0.9])) == math.inf
 
 
-def test_synthetic_data_are_those_of_the_authors_generator(papers: dict[str, Any]) -> None:
-    """30 devices of at least 50 examples, variances j^−1.2; the same draw twice, another one else."""
-    devices = papers["fedprox2020"].synthetic(1.0, 1.0, 0)
-    assert len(devices) == 30 and min(len(y) for _, y in devices.values()) >= 50
-    x, y = max(devices.values(), key=lambda pair: len(pair[1]))
-    assert x.shape[1] == 60 and y.min() >= 0 and y.max() < 10
-    assert np.allclose(x.var(0), np.arange(1, 61) ** -1.2, rtol=0.5)
-    again, other = papers["fedprox2020"].synthetic(1.0, 1.0, 0), papers["fedprox2020"].synthetic(1.0, 1.0, 1)
-    assert np.array_equal(again["d3"][0], devices["d3"][0])
-    assert other["d3"][0].shape != devices["d3"][0].shape or not np.array_equal(other["d3"][0], devices["d3"][0])
-
-
 def test_who_is_late_is_dropped(papers: dict[str, Any]) -> None:
     """Of one client and of a block; a round of stragglers leaves the model."""
     strategy, context = papers["fedprox2020"].Dropping(), Context(1, 3, 3)
@@ -55,16 +43,6 @@ def test_who_is_late_is_dropped(papers: dict[str, Any]) -> None:
     assert strategy.finish(state, {"delta": torch.zeros(2), "weight": 0.0}, context) is state
     moved = strategy.finish(state, {"delta": torch.ones(2) * 25, "weight": 25.0}, context)
     assert vector(moved, "parameters").tolist() == [1, 1]
-
-
-def test_four_parties_hold_opposite_octants(papers: dict[str, Any]) -> None:
-    made = papers["niidbench2022"].data(0)
-    parties = made.train.clients
-    assert sorted(set(parties)) == ["0", "1", "2", "3"]
-    for party in set(parties):
-        signs = {tuple(row) for row in (made.train.x[parties == party] > 0).reshape(-1, 3)}
-        first, second = signs
-        assert all(a != b for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.slow

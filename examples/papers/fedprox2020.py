@@ -13,31 +13,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from page import publish, spread, table
 
 import shoal
+from shoal.simulations.datasets import Dataset
 from shoal.strategies.base import Context, Mine, Sent, State, Strategy, Terms, Trainer, Update, number, vector
 
 DRAWS, MOST, ROUNDS, EPOCHS, BATCH = 5, 10_000, 100, 20, 10
-
-
-def synthetic(alpha: float, beta: float, draw: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """The generator of the authors' code: 60 features, 10 classes; α and β are standard deviations."""
-    rng = np.random.default_rng(draw)
-    sizes = rng.lognormal(4, 2, 30).astype(int) + 50
-    scales, devices = np.arange(1, 61) ** -0.6, {}  # roots of the variances j^−1.2
-    for device, size in enumerate(sizes):
-        u, b = rng.normal(0, alpha), rng.normal(0, beta)
-        v = rng.normal(b, 1, 60)
-        weights, bias = rng.normal(u, 1, (60, 10)), rng.normal(u, 1, 10)
-        x = rng.normal(v, scales, (size, 60))
-        devices[f"d{device}"] = x.astype(np.float32), (x @ weights + bias).argmax(1)
-    return devices
 
 
 @dataclass(frozen=True)
@@ -67,18 +52,20 @@ METHODS: dict[str, Strategy] = {
 SETS = {"(0, 0)": (0.0, 0.0), "(0.5, 0.5)": (0.5, 0.5), "(1, 1)": (1.0, 1.0)}
 
 
-def draws(alpha: float, beta: float) -> list[dict[str, tuple[np.ndarray, np.ndarray]]]:
-    made = (synthetic(alpha, beta, draw) for draw in itertools.count())
-    small = (devices for devices in made if sum(len(y) for _, y in devices.values()) <= MOST)
-    return list(itertools.islice(small, DRAWS))
+def draws(alpha: float, beta: float) -> list[Dataset]:
+    made = (
+        shoal.datasets.load("synthetic", alpha=alpha, beta=beta, draw=draw, client_test=0.1)
+        for draw in itertools.count()
+    )
+    return list(itertools.islice((data for data in made if len(data.train) <= MOST), DRAWS))
 
 
-def run(devices: Mapping[str, Any], strategy: Strategy, stragglers: float, draw: int) -> tuple[float, float]:
+def run(data: Dataset, strategy: Strategy, stragglers: float, draw: int) -> tuple[float, float]:
     """Accuracy on all test examples, and its mean over devices, in percent."""
     experiment = shoal.Experiment(
         name="fedprox-synthetic",
         model="linear",
-        data=shoal.datasets.from_shards(devices, client_test=0.1),
+        data=data,
         strategy=strategy,
         local=shoal.LocalTraining(lr=0.01, batch_size=BATCH, epochs=EPOCHS, stragglers=stragglers),
         evaluation=shoal.Evaluation(every=0, clients_every=ROUNDS),

