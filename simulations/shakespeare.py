@@ -66,7 +66,7 @@ def _halves(text: str, length: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _windows(coded: np.ndarray, length: int) -> np.ndarray:
     count = max(0, (len(coded) - 1) // length)
-    return coded[np.arange(count)[:, None] * length + np.arange(length + 1)]
+    return np.asarray(coded[np.arange(count)[:, None] * length + np.arange(length + 1)])
 
 
 def _table(parts: dict[str, np.ndarray]) -> Table:

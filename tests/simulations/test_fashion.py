@@ -60,7 +60,10 @@ def test_fashion_mnist_is_found_in_the_usual_places(small_fashion: Path, monkeyp
 
 
 def test_fashion_mnist_errors(small_fashion: Path) -> None:
-    with pytest.raises(DataError, match=r"not in nowhere: put train-images-idx3-ubyte.gz, .*apt-get install.*-subset'"):
+    with pytest.raises(
+        DataError,
+        match=r"'fashion-mnist' is not in nowhere: put train-.*apt-get install.*-subset'",
+    ):
         fashion_mnist("nowhere")
     file = small_fashion / "t10k-labels-idx1-ubyte.gz"
     file.write_bytes(gzip.compress(b"other"))
