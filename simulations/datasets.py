@@ -9,12 +9,14 @@ from __future__ import annotations
 import inspect
 import zipfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from shoal.client.data import Table, as_table, table
+from shoal.client.hub import columns, partitions
 from shoal.client.readers import read_npz
 from shoal.protos import registry
 from shoal.protos.errors import DataError, ExperimentError, nearest
@@ -31,7 +33,9 @@ __all__ = [
     "Numbered",
     "from_arrays",
     "from_csv",
+    "from_flwr",
     "from_folder",
+    "from_huggingface",
     "from_npz",
     "from_parquet",
     "from_shards",
@@ -129,6 +133,38 @@ def from_npz(path: str | Path, x: str = "x", y: str = "y", clients: str | None =
 def from_folder(path: str | Path, size: int | None = None, clients: bool = False, **options: Any) -> Dataset:
     """A folder of images (:func:`shoal.client.readers.read_image_folder`); ``options`` are those of :func:`load`."""
     return load("image-folder", path=path, size=size, clients=clients, **options)
+
+
+def from_huggingface(
+    dataset: Any, x: str | Sequence[str], y: str, client: str | None = None, test: Any = None, **options: Any
+) -> Dataset:
+    """A ``datasets.Dataset``, and one to test on: see :func:`shoal.client.hub.columns`; ``options`` of from_arrays."""
+    read, tested = columns(dataset, x, y, client), None if test is None else columns(test, x, y)
+    made = from_arrays(*read[:3], test=None if tested is None else tested[:2], **options)
+    return _called(made, read.class_names)
+
+
+def from_flwr(
+    source: Any, x: str | Sequence[str], y: str, split: str = "train", test: Any = None, **options: Any
+) -> Dataset:
+    """What a ``FederatedDataset`` or a partitioner of flwr-datasets has split, its partitions being the clients.
+
+    ``test`` is the name of a split of the FederatedDataset, or a ``datasets.Dataset``; ``options`` are those of
+    from_shards. See :func:`shoal.client.hub.partitions`.
+    """
+    read = {client: columns(part, x, y) for client, part in partitions(source, split).items()}
+    table_of_test = source.load_split(test) if isinstance(test, str) else test
+    tested = None if test is None else columns(table_of_test, x, y)[:2]
+    made = from_shards({client: part[:2] for client, part in read.items()}, tested, **options)
+    return _called(made, next(iter(read.values())).class_names)
+
+
+def _called(data: Dataset, names: tuple[str, ...] | None) -> Dataset:
+    """With names for classes that came as numbers."""
+    if names is None:
+        return data
+    test = None if data.test is None else replace(data.test, class_names=names)
+    return replace(data, train=replace(data.train, class_names=names), test=test)
 
 
 def _kind(part: Table) -> str:
