@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tomllib
 from dataclasses import fields
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,20 @@ def test_every_key_is_documented() -> None:
         assert f"`{key}" in text, key
     for field in fields(LocalTraining):
         assert f"`{field.name}`" in text, field.name
+
+
+def test_every_data_set_and_partitioner_is_documented() -> None:
+    from shoal.protos import registry
+
+    pages = [(ROOT / "docs" / name).read_text() for name in ("experiment.md", "data.md")]
+    for name in registry.names("shoal.datasets"):
+        assert f"`{name}`" in pages[0], name
+    for name in registry.names("shoal.partitioners"):
+        assert all(f"| `{name}` |" in page for page in pages), name
+        for key in signature(registry.load("shoal.partitioners", name)).parameters:
+            assert all(f"`{key}`" in row for page in pages for row in page.splitlines() if f"| `{name}` |" in row), key
+    for name in (ROOT / "examples" / "data").glob("*.toml"):
+        assert f"examples/data/{name.name}`" in pages[1] or f"examples/data/{name.name} " in pages[1], name
 
 
 def test_every_strategy_is_in_the_changelog() -> None:

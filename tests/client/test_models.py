@@ -19,6 +19,19 @@ def test_sizes() -> None:
     assert layout_of(models.linear((784,), 10)).size(Segment.TRAINABLE) == 7_850
 
 
+def test_a_gru_says_what_follows_each_token() -> None:
+    """McMahan's 2 × 256 with GRUs: three gates of (in + hidden) weights and two biases; the future does not leak."""
+    model = models.gru(82, hidden=256, layers=2)
+    gates = 3 * 256 * ((8 + 256) + 2) + 3 * 256 * ((256 + 256) + 2)
+    assert layout_of(model).size(Segment.TRAINABLE) == 82 * 8 + gates + 82 * 257
+    tokens = torch.randint(0, 82, (3, 12))
+    changed = torch.cat([tokens[:, :7], (tokens[:, 7:] + 1) % 82], dim=1)
+    before, after = model(tokens), model(changed)
+    assert before.shape == (3, 82, 12)
+    assert torch.equal(before[:, :, :7], after[:, :, :7]) and not torch.equal(before[:, :, 7:], after[:, :, 7:])
+    assert losses.cross_entropy(before, tokens).ndim == 0 and losses.accuracy(before, tokens).shape == (3,)
+
+
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32), (2, 17, 30)])
 def test_shapes(shape: tuple[int, ...]) -> None:
     x = torch.randn(2, *shape)
