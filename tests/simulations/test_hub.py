@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-
-os.environ.update({"HF_HUB_OFFLINE": "1", "FLWR_TELEMETRY_ENABLED": "0", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"})
-
-import datasets as hub
-import flwr_datasets
-from flwr_datasets import partitioner as theirs
 
 from shoal.protos.errors import DataError
 from shoal.simulations import label_skew, quantity_skew
@@ -23,11 +16,31 @@ from shoal.simulations.datasets import from_flwr, from_huggingface
 from shoal.simulations.partitioners import GroupedNatural, Iid, Partitioner
 
 LABELS = np.repeat(np.arange(5), 60)
+Theirs = Callable[..., Any]  # of their module, and a seed where they take one
 SITES = np.array([f"site {n % 7}" for n in range(300)])
 
 
 @pytest.fixture(scope="module")
-def rows() -> Any:
+def hub() -> Iterator[Any]:
+    """Imported here, and not by everybody who collects this file: it takes seconds."""
+    quiet = {"HF_HUB_OFFLINE": "1", "FLWR_TELEMETRY_ENABLED": "0", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in quiet.items():
+            patch.setenv(name, value)
+        import datasets
+
+        yield datasets
+
+
+@pytest.fixture(scope="module")
+def theirs(hub: Any) -> Any:
+    from flwr_datasets import partitioner
+
+    return partitioner
+
+
+@pytest.fixture(scope="module")
+def rows(hub: Any) -> Any:
     kinds = hub.ClassLabel(names=["ant", "bee", "cat", "dog", "eel"])
     features = {"kind": kinds, "site": hub.Value("string"), "u": hub.Value("float32"), "v": hub.Value("int64")}
     columns = {"kind": LABELS.tolist(), "site": SITES.tolist(), "u": np.arange(300.0).tolist(), "v": [7] * 300}
@@ -54,7 +67,7 @@ def test_images_become_pixels(rows: Any) -> None:
     assert data.train.x[51, 0, 0, 0] == np.float32(51 / 255)
 
 
-def test_text_labels_are_numbered_alike_in_all_partitions(rows: Any) -> None:
+def test_text_labels_are_numbered_alike_in_all_partitions(rows: Any, theirs: Any) -> None:
     partitioner = theirs.NaturalIdPartitioner(partition_by="site")
     partitioner.dataset = rows
     data = from_flwr(partitioner, x=["u"], y="site", test=rows.select([6, 0]))
@@ -63,7 +76,7 @@ def test_text_labels_are_numbered_alike_in_all_partitions(rows: Any) -> None:
     assert data.test is not None and data.test.y.tolist() == [6, 0]
 
 
-def test_what_is_no_table_is_refused(rows: Any) -> None:
+def test_what_is_no_table_is_refused(rows: Any, hub: Any, theirs: Any) -> None:
     with pytest.raises(DataError, match=r"a list is no datasets.Dataset; choose a split"):
         from_huggingface([1], x="u", y="kind")
     with pytest.raises(DataError, match=r"a DatasetDict is no datasets.Dataset; choose a split"):
@@ -80,7 +93,7 @@ def test_what_is_no_table_is_refused(rows: Any) -> None:
         from_flwr([1], x=["u"], y="kind")
 
 
-def test_partitions_are_clients(rows: Any) -> None:
+def test_partitions_are_clients(rows: Any, theirs: Any) -> None:
     named, numbered = theirs.NaturalIdPartitioner(partition_by="site"), theirs.IidPartitioner(4)
     for partitioner, clients in ((named, [f"site {n}" for n in range(7)]), (numbered, ["0", "1", "2", "3"])):
         partitioner.dataset = rows
@@ -96,6 +109,8 @@ def test_a_federated_data_set_is_read_whole(rows: Any, tmp_path: Path) -> None:
     (tmp_path / "files").mkdir()
     rows.to_parquet(tmp_path / "files" / "train.parquet")
     rows.select(range(30)).to_parquet(tmp_path / "files" / "test.parquet")
+    import flwr_datasets
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)  # files that the library leaves to the garbage collector
         source = flwr_datasets.FederatedDataset(
@@ -109,7 +124,7 @@ def test_a_federated_data_set_is_read_whole(rows: Any, tmp_path: Path) -> None:
         from_flwr(source, x="image", y="kind", split="trian")
 
 
-def of_theirs(partitioner: Any, labels: np.ndarray = LABELS) -> np.ndarray:
+def of_theirs(hub: Any, partitioner: Any, labels: np.ndarray = LABELS) -> np.ndarray:
     """How many rows of each class its partitions have ``[N, C]``."""
     table = {"kind": labels.tolist(), "site": SITES[np.arange(len(labels)) % 300].tolist()}
     partitioner.dataset = hub.Dataset.from_dict(table)
@@ -125,21 +140,30 @@ def of_ours(partitioner: Partitioner, labels: np.ndarray = LABELS, seed: int = 0
 @pytest.mark.parametrize(
     ("our", "their"),
     [
-        (quantity_skew.Growing(6, "linear"), theirs.LinearPartitioner(6)),
-        (quantity_skew.Growing(6, "square"), theirs.SquarePartitioner(6)),
-        (quantity_skew.Growing(5, "exponential"), theirs.ExponentialPartitioner(5)),
-        (quantity_skew.Sizes([10, 90, 200]), theirs.SizePartitioner([10, 90, 200])),
-        (label_skew.Pathological(10, 2, "cyclic"), theirs.PathologicalPartitioner(10, "kind", 2, "deterministic")),
-        (GroupedNatural(2), theirs.GroupedNaturalIdPartitioner("site", 2, sort_unique_ids=True)),
-        (GroupedNatural(2, "bigger"), theirs.GroupedNaturalIdPartitioner("site", 2, "allow-bigger", True)),
-        (GroupedNatural(2, "drop"), theirs.GroupedNaturalIdPartitioner("site", 2, "drop-reminder", True)),
-        (label_skew.Continuous(6, 1.0), theirs.ContinuousPartitioner(6, "kind", 1.0)),
+        (quantity_skew.Growing(6, "linear"), lambda theirs: theirs.LinearPartitioner(6)),
+        (quantity_skew.Growing(6, "square"), lambda theirs: theirs.SquarePartitioner(6)),
+        (quantity_skew.Growing(5, "exponential"), lambda theirs: theirs.ExponentialPartitioner(5)),
+        (quantity_skew.Sizes([10, 90, 200]), lambda theirs: theirs.SizePartitioner([10, 90, 200])),
+        (
+            label_skew.Pathological(10, 2, "cyclic"),
+            lambda theirs: theirs.PathologicalPartitioner(10, "kind", 2, "deterministic"),
+        ),
+        (GroupedNatural(2), lambda theirs: theirs.GroupedNaturalIdPartitioner("site", 2, sort_unique_ids=True)),
+        (
+            GroupedNatural(2, "bigger"),
+            lambda theirs: theirs.GroupedNaturalIdPartitioner("site", 2, "allow-bigger", True),
+        ),
+        (
+            GroupedNatural(2, "drop"),
+            lambda theirs: theirs.GroupedNaturalIdPartitioner("site", 2, "drop-reminder", True),
+        ),
+        (label_skew.Continuous(6, 1.0), lambda theirs: theirs.ContinuousPartitioner(6, "kind", 1.0)),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, Partitioner) else "",
 )
-def test_what_is_not_random_is_as_theirs(our: Partitioner, their: Any) -> None:
+def test_what_is_not_random_is_as_theirs(our: Partitioner, their: Theirs, hub: Any, theirs: Any) -> None:
     """Sizes but for rounding, which they leave to the last client; by label also the mixes."""
-    ours, others = of_ours(our), of_theirs(their)
+    ours, others = of_ours(our), of_theirs(hub, their(theirs))
 
     assert ours.shape == others.shape
     slack = len(ours) if isinstance(our, quantity_skew.Growing) else 0
@@ -164,30 +188,31 @@ def apart(ours: list[float], others: list[float]) -> bool:
     [
         (
             label_skew.Dirichlet(6, 0.5),
-            lambda seed: theirs.DirichletPartitioner(6, "kind", 0.5, 1, self_balancing=False, seed=seed),
+            lambda theirs, seed: theirs.DirichletPartitioner(6, "kind", 0.5, 1, self_balancing=False, seed=seed),
         ),
         (
             label_skew.InnerDirichlet(6, 0.5),
-            lambda seed: theirs.InnerDirichletPartitioner([50] * 6, "kind", 0.5, seed=seed),
+            lambda theirs, seed: theirs.InnerDirichletPartitioner([50] * 6, "kind", 0.5, seed=seed),
         ),
         (
             label_skew.Pathological(10, 2, "first"),
-            lambda seed: theirs.PathologicalPartitioner(10, "kind", 2, "first-deterministic", seed=seed),
+            lambda theirs, seed: theirs.PathologicalPartitioner(10, "kind", 2, "first-deterministic", seed=seed),
         ),
         (
             label_skew.Pathological(10, 2, "random"),
-            lambda seed: theirs.PathologicalPartitioner(10, "kind", 2, "random", seed=seed),
+            lambda theirs, seed: theirs.PathologicalPartitioner(10, "kind", 2, "random", seed=seed),
         ),
         (
             label_skew.Continuous(6, 0.5),
-            lambda seed: theirs.ContinuousPartitioner(6, "kind", 0.5, seed=seed),
+            lambda theirs, seed: theirs.ContinuousPartitioner(6, "kind", 0.5, seed=seed),
         ),
     ],
     ids=["dirichlet", "inner-dirichlet", "first", "random", "continuous"],
 )
-def test_distributions_are_as_theirs(our: Partitioner, their: Any) -> None:
+def test_distributions_are_as_theirs(our: Partitioner, their: Theirs, hub: Any, theirs: Any) -> None:
     """The size of a client and what it has of a class, over draws; a wrong α would be told apart."""
-    ours, others = [of_ours(our, seed=seed) for seed in range(40)], [of_theirs(their(seed)) for seed in range(40)]
+    ours = [of_ours(our, seed=seed) for seed in range(40)]
+    others = [of_theirs(hub, their(theirs, seed)) for seed in range(40)]
 
     for measure in (lambda c: float(c[0].sum()), lambda c: float(c[0, 1]), lambda c: float(c[3].max())):
         assert not apart(list(map(measure, ours)), list(map(measure, others)))
