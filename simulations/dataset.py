@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, final
@@ -43,7 +44,8 @@ class Dataset:
         check_share("client_test", self.client_test)
         if self.partitioner is not None:
             registry.validate(self.partitioner, "data.partition")
-        if isinstance(self.client_noise, bool) or not 0 <= self.client_noise < float("inf"):
+        number = isinstance(self.client_noise, int | float) and not isinstance(self.client_noise, bool)
+        if not number or not 0 <= self.client_noise < math.inf:
             raise ExperimentError(f"'data.client_noise' is {self.client_noise!r}; it must be a number, from 0 on")
         if self.client_noise and self.train.x.dtype.kind != "f":
             raise DataError(f"'data.client_noise' needs features of float32, not {self.train.x.dtype}; drop it")

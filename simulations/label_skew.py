@@ -205,7 +205,10 @@ class Distribution(Partitioner):
             raise DataError(f"data.partition.shares has lines of {sorted(widths)} numbers for {len(per_class)} classes")
         shares = np.array(self.shares, np.float64).T
         if shares.sum(1).max() > 1 + 1e-9:
-            raise DataError(f"data.partition.shares gives {shares.sum(1).max():g} of class {shares.sum(1).argmax()}")
+            worst = int(shares.sum(1).argmax())
+            raise DataError(
+                f"data.partition.shares gives {shares[worst].sum():g} of class {worst}; it may give 1 at most"
+            )
         return deal(self, rows_by_class(labels, rng), apportion(per_class, shares))
 
 
@@ -230,7 +233,10 @@ class PowerLaw(Partitioner):
             known[(np.arange(self.clients) + slot) % len(per_class), np.arange(self.clients)] = 1
         spare = per_class - self.least * known.sum(1).astype(np.int64)
         if spare.min() < 0 or not known.sum(1).all():
-            raise DataError(f"{self} does not fit {per_class.min()} to {per_class.max()} rows a class: change clients")
+            raise DataError(
+                f"{self} does not fit {per_class.min()} to {per_class.max()} rows of {len(per_class)} classes: each needs "
+                f"clients who know it, with {self.least} rows for each; change data.partition.clients"
+            )
         weights = known * rng.lognormal(0, self.sigma, known.shape)
         counts = self.least * known.astype(np.int64) + apportion(spare, weights / weights.sum(1, keepdims=True))
         return deal(self, rows_by_class(labels, rng), counts)

@@ -40,3 +40,15 @@ def test_every_data_set_has_an_example() -> None:
     files = {"csv", "image-folder", "npz", "parquet", "fashion-mnist-subset"}  # the user's own; examples/fashion.toml
 
     assert set(NAMES) == set(registry.names("shoal.datasets")) - files
+
+
+@pytest.mark.slow
+def test_a_million_clients_draw_from_the_subset(tmp_path: Path) -> None:
+    crowd = '{ kind = "resampled", clients = 1000000, size = 60, alpha = 1.0 }'
+    changes = [f"data.partition={crowd}", "model=linear", "rounds=3", "cohort=20", "evaluation.clients_every=0"]
+    experiment = shoal.Experiment.from_file(FOLDER.parent / "fashion.toml", changes)
+    run = experiment.simulate(engine="lean", workers=0, out=tmp_path, progress="none")
+
+    assert run.metrics["test_accuracy"].iloc[-1] > 0.4
+    asked = run.clients[run.clients["kind"] == "train"]
+    assert asked["client"].astype(int).max() > 100_000 and (asked["examples"] == 48).all()

@@ -43,8 +43,10 @@ def test_noise_is_the_seeds_and_leaves_shards_as_they_were() -> None:
 
 
 def test_noise_must_be_possible() -> None:
-    with pytest.raises(ExperimentError, match=r"'data\.client_noise' is -1; it must be a number, from 0 on"):
-        from_arrays(X, Y, client_noise=-1)
+    wrongs: list[Any] = [-1, True, "0.1", float("inf")]
+    for wrong in wrongs:
+        with pytest.raises(ExperimentError, match=r"'data\.client_noise' is .*; it must be a number, from 0 on"):
+            from_arrays(X, Y, client_noise=wrong)
     with pytest.raises(DataError, match=r"'data\.client_noise' needs features of float32, not int64; drop it"):
         from_arrays(X, Y, dtype="int64", client_noise=1.0)
 

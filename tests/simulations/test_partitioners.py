@@ -417,7 +417,7 @@ def test_a_distribution_is_followed_to_the_row() -> None:
     assert counts == [[25, 0], [50, 30], [25, 15]]
     with pytest.raises(DataError, match=r"lines of \[2, 3\] numbers for 2 classes"):
         Distribution([[0.5, 0.5], [0.1, 0.2, 0.3]]).split(labels, None, rng())
-    with pytest.raises(DataError, match=r"gives 1.2 of class 1"):
+    with pytest.raises(DataError, match=r"gives 1.2 of class 1; it may give 1 at most"):
         Distribution([[0.5, 0.6], [0.5, 0.6]]).split(labels, None, rng())
     with pytest.raises(DataError, match=r"leaves client '1' without a row of 160"):
         Distribution([[0.5, 0.6], [0.0, 0.0]]).split(labels, None, rng())
@@ -437,7 +437,7 @@ def test_power_law_sizes() -> None:
     expected /= expected.sum(1, keepdims=True)
     low, high = np.quantile(expected[:, :20].sum(1), [0.001, 0.999])
     assert low < share[:20].sum() / share.sum() < high
-    with pytest.raises(DataError, match="does not fit 60 to 60 rows a class"):
+    with pytest.raises(DataError, match=r"does not fit 60 to 60 rows of 10 classes: .*with 5 rows for each; change"):
         split(PowerLaw(200))
 
 
