@@ -234,8 +234,8 @@ class PowerLaw(Partitioner):
         spare = per_class - self.least * known.sum(1).astype(np.int64)
         if spare.min() < 0 or not known.sum(1).all():
             raise DataError(
-                f"{self} does not fit {per_class.min()} to {per_class.max()} rows of {len(per_class)} classes: each needs "
-                f"clients who know it, with {self.least} rows for each; change data.partition.clients"
+                f"{self} does not fit {per_class.min()} to {per_class.max()} rows of {len(per_class)} classes: each "
+                f"needs clients who know it, with {self.least} rows for each; change data.partition.clients"
             )
         weights = known * rng.lognormal(0, self.sigma, known.shape)
         counts = self.least * known.astype(np.int64) + apportion(spare, weights / weights.sum(1, keepdims=True))
