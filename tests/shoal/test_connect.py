@@ -106,7 +106,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (HERE + "--data image-foldr --id a", r"--data 'image-foldr' .* no reader \(did you mean 'image-folder'\?\)"),
         (
             HERE + "--data tiny.toml --id a",
-            r"--data 'tiny.toml' is no file, no folder .* and no reader \(known: csv, .*",
+            r"--data 'tiny.toml' is no file, no folder .* and no reader \(known: adult, csv, .*",
         ),
         (HERE + "--data all.csv --id a label", "override 'label' is not of the form key=value, .*"),
         (HERE + "--data a.npz --workers 0", "--workers is 0; at least one process must train"),
