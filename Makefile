@@ -61,8 +61,8 @@ bench-peers: .venv/.dev ## the same per core beside pfl, BlazeFL and FedJAX, in 
 
 MINUTES ?= 30
 SEED ?= 1
-chaos: .venv/.dev ## kill and disturb real servers and clients, and write docs/reliability.md; MINUTES=30 SEED=1
-	$(BIN)/python -m tests.chaos.driver --minutes $(MINUTES) --seed $(SEED) --publish
+chaos: .venv/.dev ## kill and disturb real servers and clients, and write docs/reliability.md; MINUTES=30 SEED=1 ADD=
+	$(BIN)/python -m tests.chaos.driver --minutes $(MINUTES) --seed $(SEED) --publish $(if $(ADD),--add)
 	$(BIN)/python -m tests.chaos.catalogue --publish
 
 TRIALS ?= 5

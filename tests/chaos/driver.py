@@ -29,7 +29,7 @@ from tests.chaos.deck import DECK
 from tests.chaos.faults import Blow, Fault
 from tests.chaos.outcome import Hit, Outcome, told
 from tests.chaos.stage import PATIENCE, Stage
-from tests.chaos.table import publish
+from tests.chaos.table import counted, publish, published, rendered
 from tests.chaos.world import World, differences
 
 __all__ = ["Limits", "campaign", "play"]
@@ -111,9 +111,9 @@ async def campaign(
     out: Path,
     limits: Limits,
     say: Callable[[Outcome], None],
-) -> list[Outcome]:
+) -> None:
     """Trials side by side, as long as there are seeds and ``going`` says so; folders of failed ones stay in ``out``."""
-    left, outcomes = iter(seeds), list[Outcome]()
+    left = iter(seeds)
 
     async def worker() -> None:
         while going() and (seed := next(left, None)) is not None:
@@ -121,13 +121,11 @@ async def campaign(
             outcome = await play(seed, folder, limits)
             if not outcome.problems:
                 await asyncio.to_thread(shutil.rmtree, folder)
-            outcomes.append(outcome)
             say(outcome)
 
     async with asyncio.TaskGroup() as group:
         for _ in range(jobs):
             group.create_task(worker())
-    return outcomes
 
 
 def main() -> int:
@@ -140,6 +138,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="trials side by side")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "shoal-chaos")
     parser.add_argument("--publish", action="store_true", help="write the results and the table of the docs")
+    parser.add_argument("--add", action="store_true", help="to the results that there are")
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
     ends = time.monotonic() + 60 * given.minutes
@@ -147,13 +146,16 @@ def main() -> int:
 
     limits = Limits(faults=given.faults, only=given.only)
 
+    before, outcomes = published() if given.add else None, list[Outcome]()
+
     def say(outcome: Outcome) -> None:
         print(told(outcome), flush=True)
+        outcomes.append(outcome)
+        if given.publish:  # after each trial: a campaign is long
+            publish(counted(outcomes, before))
 
-    outcomes = asyncio.run(
-        campaign(seeds, given.jobs, lambda: time.monotonic() < ends, given.folder.resolve(), limits, say)
-    )
-    print(publish(outcomes, write=given.publish))
+    asyncio.run(campaign(seeds, given.jobs, lambda: time.monotonic() < ends, given.folder.resolve(), limits, say))
+    print(rendered(counted(outcomes, before)))
     return 1 if any(outcome.problems for outcome in outcomes) else 0
 
 

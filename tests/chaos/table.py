@@ -5,49 +5,55 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import quantiles
 from typing import Any
 
 from tests.chaos import page
 from tests.chaos.deck import DECK
-from tests.chaos.outcome import Hit, Outcome
+from tests.chaos.outcome import Outcome
 
 __all__ = ["counted", "publish", "rendered"]
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "reliability.json"
 
 
-def counted(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """A row for each fault, in the deck's order; and the trials that failed."""
-    found = dict[str, list[tuple[Hit, bool]]]()
+def counted(outcomes: Sequence[Outcome], before: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """A row for each fault, in the deck's order, and the trials that failed; ``before`` are results to add to."""
+    found = {row["fault"]: list(row["hits"]) for row in before["rows"]} if before else {}
     for outcome in outcomes:
         for hit in outcome.hits:
-            found.setdefault(hit.fault, []).append((hit, not outcome.problems))
+            seconds = None if hit.recovery is None else round(hit.recovery, 2)
+            found.setdefault(hit.fault, []).append([hit.survived, not outcome.problems, seconds])
     rows = [_row(fault.name, fault.group, found[fault.name]) for fault in DECK if fault.name in found]
-    return {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+    sums = {
         "runs": len(outcomes),
         "rounds": sum(outcome.world.rounds for outcome in outcomes),
         "seeds": sorted(outcome.seed for outcome in outcomes),
-        "faults": sum(row["trials"] for row in rows),
         "identical_runs": sum(not outcome.problems for outcome in outcomes),
-        "rows": rows,
         "failed": [{"seed": o.seed, "problems": o.problems, "again": o.command} for o in outcomes if o.problems],
+    }
+    return {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+        "faults": sum(row["trials"] for row in rows),
+        **{name: before[name] + value if before else value for name, value in sums.items()},
+        "rows": rows,
     }
 
 
-def _row(name: str, group: str, hits: Sequence[tuple[Hit, bool]]) -> dict[str, Any]:
-    seconds = [hit.recovery for hit, _ in hits if hit.recovery is not None]
+def _row(name: str, group: str, hits: Sequence[tuple[bool, bool, float | None]]) -> dict[str, Any]:
+    """``hits`` are, each: survived; in a run that ended with the right bits; seconds until it had recovered."""
+    seconds = [recovery for _, _, recovery in hits if recovery is not None]
     return {
         "fault": name,
         "group": group,
         "trials": len(hits),
-        "survived": sum(hit.survived for hit, _ in hits),
-        "identical": sum(identical for _, identical in hits),
+        "survived": sum(survived for survived, _, _ in hits),
+        "identical": sum(identical for _, identical, _ in hits),
         "recovery_p50": _at(seconds, 50),
         "recovery_p95": _at(seconds, 95),
+        "hits": hits,
     }
 
 
@@ -77,11 +83,14 @@ def _seconds(value: float | None) -> str:
     return "–" if value is None else f"{value:.1f} s"
 
 
-def publish(outcomes: Iterable[Outcome], *, write: bool) -> str:
-    """The table; with ``write`` also the results' file, and the table between the page's markers."""
-    results = counted(list(outcomes))
-    table = rendered(results)
-    if write:
-        RESULTS.write_text(json.dumps(results, indent=2) + "\n")
-        page.write("make chaos", table)
-    return table
+def published() -> dict[str, Any] | None:
+    """The results that there are."""
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else None
+
+
+def publish(results: Mapping[str, Any]) -> None:
+    """The results' file, with a line for each row, and the table between the page's markers."""
+    rows = ",\n".join(json.dumps(row) for row in results["rows"])
+    head = json.dumps({name: value for name, value in results.items() if name != "rows"}, indent=1)
+    RESULTS.write_text(f'{head.rstrip("}").rstrip()},\n "rows": [\n{rows}\n]}}\n')
+    page.write("make chaos", rendered(results))
