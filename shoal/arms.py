@@ -1,13 +1,15 @@
 """The arms of a comparison: strategies, from how they are written on the command line to how they are called.
 
 ``fedavg``, ``fedprox:mu=0.01`` and ``my.py:MyStrategy:mu=0.1`` are written with colons between the pieces: those with
-an equals sign are arguments, the others are the name.
+an equals sign are arguments, the others are the name. A bar stands between alternatives: ``fedprox:mu=0.01|0.1`` is two
+arms, or one whose ``mu`` is to be tuned.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +20,40 @@ from shoal.protos.errors import ExperimentError
 from shoal.protos.experiment import value_of
 from shoal.strategies.base import Strategy
 
-__all__ = ["arguments", "labelled", "parse", "split", "written"]
+__all__ = ["alternatives", "arguments", "as_toml", "expand", "labelled", "parse", "split", "written"]
 
 GROUP = "shoal.strategies"
 
 
-def split(text: str) -> list[str]:
-    """The arms written in one text, with commas between them; a comma in brackets belongs to a value."""
-    arms, depth = [""], 0
+def split(text: str, at: str = ",") -> list[str]:
+    """The pieces of a text; a separator in brackets belongs to a value."""
+    pieces, depth = [""], 0
     for letter in text:
         depth += (letter in "[{") - (letter in "]}")
-        if letter == "," and depth == 0:
-            arms.append("")
+        if letter == at and depth == 0:
+            pieces.append("")
         else:
-            arms[-1] += letter
-    return [arm.strip() for arm in arms]
+            pieces[-1] += letter
+    return [piece.strip() for piece in pieces]
+
+
+def alternatives(arm: str) -> tuple[str, dict[str, list[str]]]:
+    """An arm without its arguments that have alternatives, and these: ``("fedprox", {"mu": ["0.01", "0.1"]})``."""
+    fixed, open_ones = list[str](), dict[str, list[str]]()
+    for piece in arm.split(":"):
+        key, equals, values = piece.partition("=")
+        if equals and len(split(values, "|")) > 1:
+            open_ones[key.strip()] = split(values, "|")
+        else:
+            fixed.append(piece)
+    return ":".join(fixed), open_ones
+
+
+def expand(arm: str) -> list[str]:
+    """An arm for each combination of its alternatives."""
+    fixed, open_ones = alternatives(arm)
+    chosen = product(*([f"{key}={value}" for value in values] for key, values in open_ones.items()))
+    return [":".join([fixed, *pieces]) for pieces in chosen]
 
 
 def parse(arm: str) -> Strategy:
@@ -71,11 +92,11 @@ def _label(strategy: Strategy, alike: Sequence[Strategy]) -> str:
 
 def arguments(strategy: Strategy) -> dict[str, str]:
     """As text, which can be compared whatever the values are."""
-    return {field.name: _toml(getattr(strategy, field.name)) for field in _fields(strategy)}
+    return {field.name: as_toml(getattr(strategy, field.name)) for field in _fields(strategy)}
 
 
 def _defaults(strategy: Strategy) -> dict[str, str]:
-    return {field.name: _toml(field.default) for field in _fields(strategy) if field.default is not MISSING}
+    return {field.name: as_toml(field.default) for field in _fields(strategy) if field.default is not MISSING}
 
 
 def _fields(strategy: Strategy) -> tuple[Field[Any], ...]:
@@ -95,13 +116,14 @@ def written(strategy: Strategy) -> str | None:
     if described is None:
         return None
     name = described.pop("name")
-    values = {key: _toml(value) for key, value in described.items() if value not in ((), [])}  # no list is none
+    values = {key: as_toml(value) for key, value in described.items() if value not in ((), [])}  # no list is none
     if set("".join([name.replace(":", ""), *values.values()])) & set(",:=[]{}"):
         return None
     return ":".join([name, *(f"{key}={value}" for key, value in values.items())])
 
 
-def _toml(value: Any) -> str:
+def as_toml(value: Any) -> str:
+    """A value as it stands behind an equals sign; a text without quotes."""
     if isinstance(value, str):
         return value
     try:

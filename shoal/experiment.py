@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,20 +90,22 @@ class Experiment:
     @classmethod
     def from_description(cls, file: ExperimentFile) -> Experiment:
         """Build the objects that a file names."""
-        plain = {f.name: getattr(file, f.name) for f in fields(cls) if f.name not in _OBJECTS}
-        return cls(
-            model=file.model.model_dump(),
-            data=None if file.data is None else load(file.data.name, **file.data.arguments),
-            strategy=registry.build(
-                "shoal.strategies", file.strategy.name, file.strategy.arguments, "strategy", Strategy
-            ),
-            local=registry.build("shoal.local", _LOCAL, file.local, "local"),
-            selector=registry.build(
-                "shoal.selectors", file.selector.name, file.selector.arguments, "selector", Selector
-            ),
-            client=None if file.client is None else file.client.model_dump(),
-            **plain,
-        )
+        return cls(**{f.name: _made(f.name, file) for f in fields(cls)})
+
+    def changed(self, changes: Sequence[str]) -> Experiment:
+        """With changes as on the command line, ``"data.partition.alpha=0.1"``; the other parts are kept as they are.
+
+        ExperimentError for a change of what only exists in Python.
+        """
+        content = copy.deepcopy(self.described())
+        touched = {re.split(r"[.=]", change, maxsplit=1)[0].strip(): change for change in changes}
+        for key, change in touched.items():
+            if content.get(key, {}) is None:
+                raise ExperimentError(f"{change!r} changes '{key}', which only exists in Python; give it by name")
+        for change in changes:
+            files.override(content, change)
+        file = files.parse({"model": "kept"} | {key: value for key, value in content.items() if value is not None})
+        return replace(self, **{key: _made(key, file) for key in touched})
 
     def simulate(
         self,
@@ -155,7 +158,7 @@ class Experiment:
 
     def assignment(self, data: FederatedData | None) -> Assignment:
         """What every client of a run is told; ExperimentError for what only exists in this Python process."""
-        described = self._described()
+        described = self.described()
         for key in ("model", "local", "strategy", "client"):
             if described.get(key, {}) is None:
                 raise ExperimentError(
@@ -185,13 +188,13 @@ class Experiment:
 
     def toml(self) -> str:
         """The experiment file, every default written out; what only exists in Python is named in a comment."""
-        described = self._described()
+        described = self.described()
         unnamed = [key for key, value in described.items() if value is None]
         note = f"{UNNAMED} {', '.join(unnamed)}\n" if unnamed else ""
         known = {key: _absolute(value) for key, value in described.items() if value is not None}
         return note + tomli_w.dumps(known)
 
-    def _described(self) -> dict[str, Any]:
+    def described(self) -> dict[str, Any]:
         """As in a file; None stands for what no file can name."""
         described = self._plain() | {
             "model": _describe_model(self.model),
@@ -218,6 +221,23 @@ EXAMPLES = {"strategy": "FedAvg()", "local": "LocalTraining(lr=0.1)", "selector"
 UNNAMED = "# cannot be run again from this file alone: a Python object stands for"
 _OBJECTS = frozenset({"model", "data", "strategy", "local", "selector", "client"})
 _LOCAL = "shoal.client.local:LocalTraining"
+
+
+def _made(key: str, file: ExperimentFile) -> Any:
+    """One part of an experiment, from its description."""
+    if key == "model":
+        return file.model.model_dump()
+    if key == "data":
+        return None if file.data is None else load(file.data.name, **file.data.arguments)
+    if key == "strategy":
+        return registry.build("shoal.strategies", file.strategy.name, file.strategy.arguments, "strategy", Strategy)
+    if key == "local":
+        return registry.build("shoal.local", _LOCAL, file.local, "local")
+    if key == "selector":
+        return registry.build("shoal.selectors", file.selector.name, file.selector.arguments, "selector", Selector)
+    if key == "client":
+        return None if file.client is None else file.client.model_dump()
+    return getattr(file, key)
 
 
 @dataclass(frozen=True)
