@@ -71,6 +71,7 @@ class ExperimentFile(BaseModel):
     strategy: Component = Component(name="fedavg")
     selector: Component = Component(name="uniform")
     client: Component | None = None
+    callbacks: list[Component] = Field(default_factory=list)
     evaluation: Evaluation = Evaluation()
     target: dict[str, float] = Field(default_factory=dict)
     quorum: Annotated[float, Gt(0), Le(1)] = 1.0

@@ -21,6 +21,7 @@ from shoal.protos import registry
 from shoal.protos.assignment import Assignment, portable
 from shoal.protos.errors import ExperimentError, nearest
 from shoal.protos.experiment import Component, Evaluation, ExperimentFile
+from shoal.server.callbacks import Callback
 from shoal.simulations.datasets import Dataset, load
 from shoal.simulations.federated import FederatedData
 from shoal.strategies.base import Strategy
@@ -54,6 +55,7 @@ class Experiment:
     name: str = "run"
     selector: Selector = Uniform()
     client: Client | str | Mapping[str, Any] | None = None
+    callbacks: Sequence[Callback] = ()
     evaluation: Evaluation = Evaluation()
     target: Mapping[str, float] = field(default_factory=dict)
     quorum: float = 1.0
@@ -71,6 +73,7 @@ class Experiment:
                 given = type(getattr(self, where)).__name__
                 raise ExperimentError(f"{where} is a {given}; give an object, for example shoal.{EXAMPLES[where]}")
             registry.validate(getattr(self, where), where)
+        self._check_callbacks()
         loss_named(self.local.loss)
         known = {"loss", *(metric_named(metric)[0] for metric in self.local.metrics or ())}
         for name in self.target.keys() - known:
@@ -81,6 +84,21 @@ class Experiment:
                 f"strategy {type(self.strategy).__name__} is not valid with local.optimizer = {self.local.optimizer!r}"
                 f" as it is set: {refusal}"
             )
+
+    def _check_callbacks(self) -> None:
+        """A callback that watches a metric must not wait for one that never comes."""
+        measured = {"loss", *(metric_named(metric)[0] for metric in self.local.metrics or ())}
+        known = {f"test_{name}" for name in measured} if self.evaluation.every else set[str]()
+        if self.evaluation.clients_every:
+            known |= {f"clients_{name}{end}" for name in measured for end in ("", "_weighted", "_min", "_max")}
+        for number, callback in enumerate(self.callbacks):
+            where = f"callbacks.{number}"
+            if not isinstance(callback, Callback):
+                raise ExperimentError(f"{where} is {callback!r}, no shoal.Callback; derive it from that class")
+            registry.validate(callback, where)
+            metric = getattr(callback, "metric", "train_loss")
+            if metric.startswith(("test_", "clients_")) and metric not in known:
+                raise ExperimentError(f"'{where}.metric' is {metric!r}, which is not measured{nearest(metric, known)}")
 
     @classmethod
     def from_file(cls, path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
@@ -204,6 +222,9 @@ class Experiment:
         }
         if self.data is not None:
             described["data"] = self.data.spec if isinstance(self.data, Dataset) else None
+        if self.callbacks:
+            callbacks = [registry.describe("shoal.callbacks", callback) for callback in self.callbacks]
+            described["callbacks"] = None if None in callbacks else callbacks
         if isinstance(self.client, Client):
             described["client"] = registry.describe("shoal.clients", self.client)
         elif self.client is not None:
@@ -219,7 +240,7 @@ class Experiment:
 
 EXAMPLES = {"strategy": "FedAvg()", "local": "LocalTraining(lr=0.1)", "selector": "Uniform()"}
 UNNAMED = "# cannot be run again from this file alone: a Python object stands for"
-_OBJECTS = frozenset({"model", "data", "strategy", "local", "selector", "client"})
+_OBJECTS = frozenset({"model", "data", "strategy", "local", "selector", "client", "callbacks"})
 _LOCAL = "shoal.client.local:LocalTraining"
 
 
@@ -235,6 +256,9 @@ def _made(key: str, file: ExperimentFile) -> Any:
         return registry.build("shoal.local", _LOCAL, file.local, "local")
     if key == "selector":
         return registry.build("shoal.selectors", file.selector.name, file.selector.arguments, "selector", Selector)
+    if key == "callbacks":
+        named = [(callback.name, callback.arguments, f"callbacks.{i}") for i, callback in enumerate(file.callbacks)]
+        return [registry.build("shoal.callbacks", *one, Callback) for one in named]
     if key == "client":
         return None if file.client is None else file.client.model_dump()
     return getattr(file, key)

@@ -89,6 +89,7 @@ def _sources(experiment: Experiment) -> dict[str, str]:
     """The files that the experiment's parts and their base classes are written in, but Shoal's own, by hash."""
     local = experiment.local
     parts: list[Any] = [type(experiment.strategy), type(experiment.selector), type(experiment.make_client())]
+    parts += map(type, experiment.callbacks)
     parts += [loss_named(local.loss), *(metric_named(metric)[1] for metric in local.metrics or ())]
     if isinstance(experiment.data, Dataset):
         parts.append(type(experiment.data.partitioner))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from shoal.protos.errors import RunError
 from shoal.protos.experiment import lower_is_better
+from shoal.server import checkpoints
 from shoal.server.runs import RunFolder
 from shoal.simulations.statistics import Fairness
 
@@ -91,6 +92,14 @@ class Run:
         point = self._folder.latest()
         if point is None:
             raise RunError(f"{self.path} holds no checkpoint; the run ended before its first round")
+        return point.parameters
+
+    @cached_property
+    def best(self) -> Parameters[Tensor]:
+        """The global model that :class:`shoal.BestModel` kept."""
+        point = checkpoints.latest(self.path / "best")
+        if point is None:
+            raise RunError(f"{self.path} keeps no best model; run it with callbacks=[shoal.BestModel('test_accuracy')]")
         return point.parameters
 
     def load_into(self, module: nn.Module) -> nn.Module:

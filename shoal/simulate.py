@@ -155,8 +155,11 @@ def _resume(folder: RunFolder, experiment: Experiment | None, rounds: int | None
         experiment = replace(experiment, checkpoint_every=1)
     composition = Composition(experiment)
     done = folder.latest()
-    if done is not None and done.round >= experiment.rounds and folder.read("summary.json")["status"] == "finished":
-        raise RunError(f"{folder.path} has all its {done.round} rounds; make it longer with --rounds (rounds=…)")
+    if done is not None and folder.read("summary.json")["status"] == "finished":
+        if done.stopped:
+            raise RunError(f"{folder.path} was stopped after round {done.round}: {done.stopped}; it is finished")
+        if done.round >= experiment.rounds:
+            raise RunError(f"{folder.path} has all its {done.round} rounds; make it longer with --rounds (rounds=…)")
     with _again(composition, folder, recorded, show) as execution:
         folder.write("experiment.toml", experiment.toml())
         return execution.run(come_back(composition, folder))
