@@ -61,6 +61,11 @@ def compare(
     vary: Annotated[
         list[str] | None, typer.Option(metavar="KEY=A|B", help="Repeat it all: 'data.partition.alpha=0.1|1.0'.")
     ] = None,
+    tune: Annotated[int | None, typer.Option(help="Trials for each arm; bars then mean a search.")] = None,
+    search: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=A|B", help="What to tune for every arm: 'local.lr=0.03|0.1'.")
+    ] = None,
+    sampler: Annotated[str, typer.Option(help="What chooses the trials: random or optuna.")] = "random",
     target: Annotated[str | None, typer.Option(metavar="METRIC=VALUE", help="When is it reached? accuracy=0.8")] = None,
     engine: Annotated[str, typer.Option(help="One for all runs: lean, captured:16, fused:16.")] = "lean",
     workers: Annotated[int | None, typer.Option(help="Worker processes.", show_default="one a core")] = None,
@@ -76,16 +81,18 @@ def compare(
     from shoal.grid import read, varied
     from shoal.protos.errors import RunError
 
-    show = "json" if as_json else "auto"
-    loaded, scenarios = read(experiment, overrides or [], target), varied(vary or [])
     done = run(
-        *(loaded, split(strategies)),
+        read(experiment, overrides or [], target),
+        split(strategies),
         seeds=seeds,
-        vary=scenarios,
+        vary=varied(vary or []),
+        tune=tune,
+        search=varied(search or [], "--search"),
+        sampler=sampler,
         engine=engine,
-        workers=workers,
         out=out,
-        progress=show,
+        workers=workers,
+        progress="json" if as_json else "auto",
     )
     if done.status == "failed":
         raise RunError(done.problem)

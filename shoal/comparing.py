@@ -13,12 +13,14 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+from shoal import tuning
+from shoal.arms import as_toml
 from shoal.comparison import Comparison
 from shoal.experiment import Experiment
 from shoal.grid import Grid, lay_out
 from shoal.making import make
 from shoal.protos.errors import ExperimentError
-from shoal.record import Record
+from shoal.record import STORE, Record
 from shoal.server.runs import RunFolder, list_runs
 from shoal.strategies.base import Strategy
 from shoal.tally import Tally, tally
@@ -33,6 +35,9 @@ def compare(
     seeds: int = 3,
     target: Mapping[str, float] | None = None,
     vary: Mapping[str, Sequence[Any]] | None = None,
+    tune: int | None = None,
+    search: Mapping[str, Sequence[Any]] | None = None,
+    sampler: str = "random",
     engine: str = "lean",
     out: str | Path = "runs",
     workers: int | None = None,
@@ -44,6 +49,10 @@ def compare(
     ``vary`` repeats all of it in scenarios: ``{"data.partition.alpha": [0.1, 1.0]}``. ``target`` replaces the
     experiment's own; ``engine`` is one for all runs; ``workers`` are processes (None: one a core).
 
+    With ``tune``, each arm first gets so many trials over what its text leaves open (``mu=0.01|0.1``, or a range
+    ``mu=0.001..1``) and over ``search``, which is the same for all: ``{"local.lr": [0.03, 0.1]}``. They are judged by a
+    fifth of the training rows, never by the test set. ``sampler`` is ``"random"`` or ``"optuna"``.
+
     Runs are kept in ``out/cells`` by what determines them. Those that are there are not made again, and one that was
     begun goes on: the same call after an interrupt, a crash or a kill ends as if nothing had happened, and one with
     more strategies or seeds makes only what is new. A cell that fails does not stop the others: the comparison's
@@ -51,12 +60,28 @@ def compare(
     """
     if isinstance(strategies, Strategy | str):
         raise ExperimentError("strategies is a single one; give a list, for example [shoal.FedAvg(), shoal.Scaffold()]")
-    show, grid = tally(progress), lay_out(experiment, strategies, seeds, target, workers, vary, engine)
+    show, wanted = tally(progress), _search(tune, search, sampler)
+    for key in (search or {}).keys() & (vary or {}).keys():
+        raise ExperimentError(f"{key!r} is both varied and tuned; do one of the two")
+    grid = lay_out(experiment, strategies, seeds, target, workers, vary, engine, tuned=wanted is not None)
+    if wanted is not None:
+        with _stoppable():
+            grid = grid.with_choices(tuning.tune(grid, wanted, Path(out) / STORE, show), wanted.words)
     with closing(_folder(Path(out), grid)) as folder:
         folder.claim()
         folder.write("experiment.toml", grid.experiment.toml())
         folder.write("comparison.toml", grid.toml(folder.path))
         return _run(grid, folder, show)
+
+
+def _search(tune: int | None, search: Mapping[str, Sequence[Any]] | None, sampler: str) -> tuning.Search | None:
+    if tune is None:
+        if search:
+            raise ExperimentError("search says what is tuned; say with how many trials an arm, too: tune=8 (--tune 8)")
+        return None
+    return tuning.Search(
+        tune, {key: [as_toml(value) for value in values] for key, values in (search or {}).items()}, sampler
+    )
 
 
 def _folder(out: Path, grid: Grid) -> RunFolder:

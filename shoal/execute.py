@@ -36,8 +36,8 @@ class Execution:
 
     ``engine``, ``population`` and ``shards`` are what is shown of the clients. ``ready`` is called before the first
     round and returns when it may begin. ``watch`` makes those who are told of everything before folder and display
-    are, given the value from which the run goes on; ``callbacks`` and the experiment's own are told after them. ``grace`` is how many seconds a
-    round gets to end after an interrupt, of which ``stopping`` hears; None: any time.
+    are, given the value from which the run goes on; ``callbacks`` and the experiment's own are told after them.
+    ``grace`` is how many seconds a round gets to end after an interrupt, of which ``stopping`` hears; None: any time.
     """
 
     composition: Composition

@@ -7,7 +7,7 @@ import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import product
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any, cast
 import tomli_w
 
 from shoal import arms
+from shoal.arms import Arm
 from shoal.client.process import cores
 from shoal.compose import Composition
 from shoal.experiment import UNNAMED, Experiment
@@ -27,10 +28,25 @@ from shoal.simulations.blocks import EngineName, Method
 from shoal.simulations.datasets import Dataset
 from shoal.strategies.base import Strategy
 
-__all__ = ["Cell", "Grid", "lay_out", "read", "varied"]
+__all__ = ["Cell", "Grid", "lay_out", "read", "scenarios_of", "varied"]
 
 FIXED = ("strategy", "seed", "name", "target", "checkpoint_every")  # what cannot be varied
 Vary = Mapping[str, Sequence[Any]]
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What was chosen for a scenario and arm: ``changes`` as on the command line, after so many ``trials``.
+
+    ``score`` is the main metric on the rows held back, negative where lower is better.
+    """
+
+    scenario: str
+    arm: str
+    changes: Sequence[str]
+    trials: int
+    score: float
+    searched: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +69,7 @@ class Grid:
     """Cells seed by seed, so that what an interrupt leaves is pairs; ``setup`` says in words what they share."""
 
     experiment: Experiment
-    arms: Mapping[str, Strategy]
+    arms: Mapping[str, Arm]
     vary: Vary
     scenarios: Sequence[str]
     seeds: Sequence[int]
@@ -61,6 +77,8 @@ class Grid:
     engine: str
     workers: int
     setup: Mapping[str, str]
+    tuned: Sequence[Tuned] = ()
+    extra: Sequence[str] = ()  # words of the command that say how it was tuned
 
     @property
     def target(self) -> Mapping[str, float]:
@@ -72,9 +90,16 @@ class Grid:
         facts = [[cell.scenario, cell.arm, cell.seed, cell.key] for cell in self.cells]
         return hashlib.sha256(json.dumps([self.experiment.name, dict(self.target), facts]).encode()).hexdigest()[:16]
 
+    def with_choices(self, tuned: Sequence[Tuned], extra: Sequence[str]) -> Grid:
+        """The grid with what was chosen for each scenario and arm."""
+        changes = {(one.scenario, one.arm): one.changes for one in tuned}
+        scenarios = scenarios_of(self.experiment, self.vary)
+        cells = _cells(scenarios, self.arms, self.seeds, self.engine, changes)
+        return replace(self, cells=cells, tuned=tuned, extra=extra)
+
     def toml(self, path: Path) -> str:
         """What is compared, beside the experiment of the folder ``path``."""
-        described = [self._described(label, strategy) for label, strategy in self.arms.items()]
+        described = [self._described(label, arm) for label, arm in self.arms.items()]
         command = self._command(path)
         comparison = {
             "key": self.key,
@@ -84,27 +109,26 @@ class Grid:
             "target": dict(self.target),
             "setup": dict(self.setup),
             "arms": described,
+            "tuning": [{**asdict(one), "changes": list(one.changes)} for one in self.tuned],
             **({"command": command} if command else {}),
         }
         return tomli_w.dumps({"comparison": comparison})
 
     @staticmethod
-    def _described(label: str, strategy: Strategy) -> dict[str, Any]:
-        return {
-            "label": label,
-            "citation": strategy.citation,
-            "arguments": ", ".join(f"{key} = {value}" for key, value in arms.arguments(strategy).items()),
-        }
+    def _described(label: str, arm: Arm) -> dict[str, Any]:
+        given = {key: value for key, value in arms.arguments(arm.strategy).items() if key not in arm.open}
+        said = [f"{key} = {value}" for key, value in given.items()] + [f"{key} tuned" for key in arm.open]
+        return {"label": label, "citation": arm.strategy.citation, "arguments": ", ".join(said)}
 
     def _command(self, path: Path) -> str | None:
         """The command that repeats this comparison; None if there is none."""
-        written = [arms.written(strategy) for strategy in self.arms.values()]
+        written = [arms.written(arm) for arm in self.arms.values()]
         if None in written or self.experiment.toml().startswith(UNNAMED):
             return None
         vary = [f"{key}={'|'.join(map(arms.as_toml, values))}" for key, values in self.vary.items()]
         words = ["shoal", "compare", str(path / "experiment.toml"), "--strategies", ",".join(map(str, written))]
         words += [word for text in vary for word in ("--vary", text)]
-        return shlex.join([*words, "--seeds", str(len(self.seeds)), "--engine", self.engine])
+        return shlex.join([*words, "--seeds", str(len(self.seeds)), "--engine", self.engine, *self.extra])
 
 
 def read(path: Path, overrides: Sequence[str], target: str | None) -> Experiment:
@@ -117,17 +141,17 @@ def read(path: Path, overrides: Sequence[str], target: str | None) -> Experiment
     return Experiment.from_file(path, [*overrides, *([] if target is None else [f"target={{{target}}}"])])
 
 
-def varied(texts: Sequence[str]) -> dict[str, list[str]]:
-    """What ``--vary`` says: ``data.partition.alpha=0.1|1.0`` is a key and the values that it takes in turn."""
+def varied(texts: Sequence[str], option: str = "--vary") -> dict[str, list[str]]:
+    """What ``--vary`` and its like say: ``data.partition.alpha=0.1|1.0`` is a key and the values that it takes."""
     found = dict[str, list[str]]()
     for text in texts:
         key, equals, values = text.partition("=")
         if not equals or not key.strip() or not all(pieces := arms.split(values, "|")):
             raise ExperimentError(
-                f"--vary {text!r} is not of the form key=value|value, as data.partition.alpha=0.1|1.0"
+                f"{option} {text!r} is not of the form key=value|value, as data.partition.alpha=0.1|1.0"
             )
         if key.strip() in found:
-            raise ExperimentError(f"--vary names {key.strip()!r} twice; give all its values at once: {key.strip()}=A|B")
+            raise ExperimentError(f"{option} names {key.strip()!r} twice; give all its values at once")
         found[key.strip()] = pieces
     return found
 
@@ -140,26 +164,29 @@ def lay_out(
     workers: int | None = None,
     vary: Vary | None = None,
     engine: str = "lean",
+    tuned: bool = False,
 ) -> Grid:
-    """Check everything that can be checked, and say what is wrong in one sentence."""
+    """Check everything that can be checked, and say what is wrong in one sentence.
+
+    With ``tuned``, arguments with alternatives are left open; :meth:`Grid.with_choices` then closes them.
+    """
     if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 1:
         raise ExperimentError(f"seeds is {seeds!r}; it must be a number of seeds, 1 or more")
     if workers is not None and workers < 1:
         raise ExperimentError(f"workers is {workers}; a comparison needs 1 worker process or more")
     if Method.read(engine) is None:
         raise ExperimentError(f"engine {engine!r} has no block size, which all cells must share; write '{engine}:16'")
-    written = [arm for s in strategies for arm in (arms.expand(s) if isinstance(s, str) else [s])]
-    named = arms.labelled([arms.parse(s) if isinstance(s, str) else s for s in written])
+    named = arms.read(strategies, tuned)
     base = experiment if target is None else replace(experiment, target=target)
-    base = replace(base, strategy=next(iter(named.values())))
-    scenarios, numbers = _scenarios(base, vary or {}), range(base.seed, base.seed + seeds)
-    setup = _setup(scenarios, numbers, engine, list(named.values()))
+    base = replace(base, strategy=next(iter(named.values())).strategy)
+    scenarios, numbers = scenarios_of(base, vary or {}), range(base.seed, base.seed + seeds)
+    setup = _setup(scenarios, numbers, engine, [arm.strategy for arm in named.values()])
     cells = _cells(scenarios, named, numbers, engine)
     most = cores() if base.device == "cpu" else 1
     return Grid(base, named, vary or {}, list(scenarios), numbers, cells, engine, workers or most, setup)
 
 
-def _scenarios(base: Experiment, vary: Vary) -> dict[str, Experiment]:
+def scenarios_of(base: Experiment, vary: Vary) -> dict[str, Experiment]:
     """The experiment of each combination of values, by what tells them apart; one without a name if none is varied."""
     for key, values in vary.items():
         if key.partition(".")[0] in FIXED:
@@ -178,13 +205,18 @@ def _scenarios(base: Experiment, vary: Vary) -> dict[str, Experiment]:
 
 
 def _cells(
-    scenarios: Mapping[str, Experiment], named: Mapping[str, Strategy], seeds: Sequence[int], engine: str
+    scenarios: Mapping[str, Experiment],
+    named: Mapping[str, Arm],
+    seeds: Sequence[int],
+    engine: str,
+    changes: Mapping[tuple[str, str], Sequence[str]] | None = None,
 ) -> list[Cell]:
     data = {scenario: data_key(made.data) for scenario, made in scenarios.items()}
     cells = []
-    for seed, (scenario, made), (label, strategy) in product(seeds, scenarios.items(), named.items()):
+    for seed, (scenario, made), (label, arm) in product(seeds, scenarios.items(), named.items()):
         # Names and targets make no run another one.
-        experiment = replace(made, strategy=strategy, seed=seed, name="cell", target={})
+        experiment = replace(made, strategy=arm.strategy, seed=seed, name="cell", target={})
+        experiment = experiment.changed((changes or {}).get((scenario, label), ()))
         cells.append(Cell(scenario, label, seed, experiment, run_key(experiment, data[scenario], engine)))
     return cells
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from shoal.server.runs import RunFolder
 from shoal.simulations.answer import answer, latex
 from shoal.simulations.comparison import main_metric, rows
 
-__all__ = ["STORE", "Record", "finished"]
+__all__ = ["STORE", "Record", "finished", "summary_of"]
 
 STORE = "cells"  # beside the comparisons, which share it
 
@@ -29,6 +29,13 @@ def finished(path: Path) -> bool:
         return bool(RunFolder(path).read("summary.json")["status"] == "finished")
     except (RunError, KeyError):
         return False
+
+
+def summary_of(path: Path, target: Mapping[str, float]) -> dict[str, Any]:
+    """Of a run that is there, with the target of whoever asks and the spread over its clients."""
+    folder = RunFolder(path)
+    spread = {name: asdict(found) for name, found in fairness(folder).items()}
+    return folder.read("summary.json") | summarise(folder, target) | {"fairness": spread}
 
 
 class Record:
@@ -91,8 +98,4 @@ class Record:
         self._folder.write("summary.json", said)
 
     def _summary(self, cell: Cell) -> dict[str, Any]:
-        """Of the run as it is now; the target is this comparison's."""
-        folder = RunFolder(self.store / cell.key)
-        kept = folder.read("summary.json")
-        spread = {name: asdict(found) for name, found in fairness(folder).items()}
-        return kept | summarise(folder, self._grid.target) | {"fairness": spread}
+        return summary_of(self.store / cell.key, self._grid.target)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -11,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from shoal.comparison import Comparison
@@ -34,6 +35,10 @@ class Tally(ABC):
 
     def began(self, name: str) -> None:
         """A cell is under way."""
+        return
+
+    def tried(self, name: str, score: float) -> None:
+        """Before the comparison: a trial of an arm's tuning has ended."""
         return
 
     @abstractmethod
@@ -72,6 +77,9 @@ class Plain(Tally):
         for line in _heading(path, grid, there):
             self.console.print(line, markup=False)
 
+    def tried(self, name: str, score: float) -> None:
+        self.console.print(f"trial  {name}  {'failed' if score == -math.inf else f'{abs(score):.4f}'}", markup=False)
+
     def ended(self, cell: Mapping[str, Any]) -> None:
         assert self._grid is not None
         self._done += 1
@@ -97,6 +105,7 @@ class Live(Plain):
     def __init__(self, console: Console | None = None) -> None:
         super().__init__(console)
         self._running: list[str] = []
+        self._task: TaskID | None = None  # none while arms are tuned
         self._bar = Progress(
             TextColumn("cells {task.completed}/{task.total}"),
             BarColumn(bar_width=24),
@@ -107,6 +116,7 @@ class Live(Plain):
 
     def starting(self, path: Path, grid: Grid, there: int) -> None:
         super().starting(path, grid, there)
+        self._running.clear()
         self._task = self._bar.add_task("cells", total=len(grid.cells), completed=there, running="starting")
         self._bar.start()
 
@@ -120,7 +130,8 @@ class Live(Plain):
         self._update()
 
     def _update(self) -> None:
-        self._bar.update(self._task, completed=self._done, running=escape(" · ".join(self._running)))
+        if self._task is not None:
+            self._bar.update(self._task, completed=self._done, running=escape(" · ".join(self._running)))
 
     def close(self) -> None:
         self._bar.stop()
@@ -144,6 +155,9 @@ class Json(Tally):
             workers=grid.workers,
             engine=grid.engine,
         )
+
+    def tried(self, name: str, score: float) -> None:
+        self._print("trial", name=name, score=score)
 
     def ended(self, cell: Mapping[str, Any]) -> None:
         self._print("cell", **cell)

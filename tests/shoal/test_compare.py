@@ -23,7 +23,7 @@ from rich.console import Console
 
 import shoal
 from shoal import Comparison, Experiment, FedAvg, FedProx, LocalTraining, Run, Scaffold, datasets
-from shoal.arms import labelled, parse, split, written
+from shoal.arms import Arm, parse, read, split, written
 from shoal.comparing import _stoppable
 from shoal.grid import lay_out
 from shoal.protos.errors import ExperimentError, RunError
@@ -40,18 +40,18 @@ def test_arms_are_written_with_colons(folder: Path) -> None:
     assert split("fedavg, fedprox:mu=0.1,x:layers=[1,2]") == ["fedavg", "fedprox:mu=0.1", "x:layers=[1,2]"]
     assert parse("fedavg:weighting=uniform") == FedAvg(weighting="uniform")
     assert (type(mine).__name__, mine.part) == ("Mine", 0.5)  # type: ignore[attr-defined]
-    assert list(labelled([FedAvg(), mine])) == ["fedavg", "mine.py:Mine part=0.5"]
+    assert list(read([FedAvg(), mine])) == ["fedavg", "mine.py:Mine part=0.5"]
 
 
 def test_labels_hold_what_tells_arms_apart() -> None:
-    assert list(labelled([FedAvg(), FedProx(), Scaffold()])) == ["fedavg", "fedprox", "scaffold"]
-    assert list(labelled([FedProx(0.01), FedProx(0.1)])) == ["fedprox mu=0.01", "fedprox mu=0.1"]
-    assert list(labelled([FedProx(0.1, weighting="uniform")])) == ["fedprox mu=0.1 weighting=uniform"]
+    assert list(read([FedAvg(), FedProx(), Scaffold()])) == ["fedavg", "fedprox", "scaffold"]
+    assert list(read([FedProx(0.01), FedProx(0.1)])) == ["fedprox mu=0.01", "fedprox mu=0.1"]
+    assert list(read([FedProx(0.1, weighting="uniform")])) == ["fedprox mu=0.1 weighting=uniform"]
 
 
 @pytest.mark.parametrize("strategy", [FedAvg(weighting="uniform"), FedProx(mu=0.5), Scaffold(server_lr=0.7)])
 def test_what_is_written_is_read_again(strategy: shoal.Strategy) -> None:
-    assert parse(str(written(strategy))) == strategy
+    assert parse(str(written(Arm(strategy)))) == strategy
 
 
 # --- a comparison ----------------------------------------------------------------------------------------------------
