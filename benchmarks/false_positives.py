@@ -5,7 +5,7 @@ that the test calls significant must not exceed its nominal rate. Then a constan
 share that finds it is set beside the power of the t-test (noncentral t), to which the sign-flip test is asymptotically
 equivalent. The runs are real ones, tiny, over the lean engine; the rows are those of a comparison.
 
-    python -m benchmarks.false_positives [--comparisons 200] [--seeds 8]
+    python -m benchmarks.false_positives [--comparisons 200] [--seeds 8] [--first 0] [--out FILE]
 """
 
 from __future__ import annotations
@@ -102,10 +102,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--comparisons", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=8)
+    parser.add_argument("--first", type=int, default=0, help="the first seed: others give an experiment of its own")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     asked = parser.parse_args()
     torch.set_num_threads(1)  # these runs are too small to share
     made, count = experiment(), asked.comparisons * 2 * asked.seeds
-    runs = [measure(made, seed) for seed in range(count)]
+    runs = [measure(made, seed) for seed in range(asked.first, asked.first + count)]
     shape = (asked.comparisons, 2, asked.seeds)
     found = [summary(np.array([r[m] for r in runs]).reshape(shape), m, (0.8, 1.2, 1.6)) for m in METRICS]
     said = {
@@ -115,7 +117,7 @@ def main() -> None:
         "versions": versions(),
         "found": found,
     }
-    RESULTS.write_text(json.dumps(said, indent=2) + "\n")
+    asked.out.write_text(json.dumps(said, indent=2) + "\n")
     print(json.dumps(said, indent=2))
 
 
