@@ -104,7 +104,8 @@ class Coordinator:
         self._kept = point.round or None  # a point beyond the start comes from a checkpoint
         self.committing = False  # while set, an interrupt must wait: point and client states change together
         fleet.restore(point.clients)
-        for callback, kept in zip(callbacks, point.remembered, strict=False):  # none before the first checkpoint
+        self._remembering = [one for one in callbacks if type(one).remember is not Callback.remember]
+        for callback, kept in zip(self._remembering, point.remembered, strict=False):  # none before a checkpoint
             callback.recall(kept)
 
     def stop(self) -> None:
@@ -239,7 +240,7 @@ class Coordinator:
         if self.point.round == self._kept:
             return
         self._kept = self.point.round
-        remembered = [callback.remember() for callback in self._callbacks]
+        remembered = [callback.remember() for callback in self._remembering]
         self.point = replace(self.point, clients=self.fleet.snapshot(), remembered=remembered)
         self._each(lambda callback: callback.on_checkpoint(self.point))
 

@@ -64,7 +64,7 @@ def _tables(rows: Sequence[Row]) -> list[dict[str, Any]]:
         )
     ]
     if rows[0].target is not None:
-        columns = ["reached", "rounds", "median", "MB", "median", "seconds", "median"]
+        columns = ["reached", "rounds", "median rounds", "MB", "median MB", "seconds", "median seconds"]
         wanted.append((f"What it took to {name} {rows[0].target:g}", columns, _until_target))
     if any(row.clients_mean is not None for row in rows):
         columns = ["mean over clients", "weighted by examples", "variance", "worst 10 %", "best 10 %"]

@@ -78,8 +78,7 @@ def test_too_few_seeds_name_how_many_would_do() -> None:
 @pytest.mark.parametrize("others", [1, 3, 4, 12])
 @pytest.mark.parametrize("seeds", [1, 2, 5, 6, 7, 8])
 def test_no_p_below_the_seeds_that_are_needed(others: int, seeds: int) -> None:
-    arms = {"fedavg": BASE[:seeds]} | {f"arm{i}": UP[:seeds] for i in range(others)}
-    made = table(**arms)
+    made = table(fedavg=BASE[:seeds], **{f"arm{i}": UP[:seeds] for i in range(others)})  # type: ignore[arg-type]
     text = " ".join(cell for line in short_table(made) for cell in line) + answer(made) + latex(made)
 
     if seeds < made[0].seeds_needed:
