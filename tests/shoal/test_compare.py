@@ -113,7 +113,9 @@ def test_tables(made: Comparison) -> None:
 @pytest.mark.slow
 def test_a_cell_is_the_run_that_the_experiment_gives(made: Comparison, experiment: Experiment, tmp_path: Path) -> None:
     """Bit for bit: weights, and every number but the seconds."""
-    alone = replace(experiment, strategy=FedProx(mu=0.5), seed=6).simulate(workers=0, out=tmp_path, progress="none")
+    alone = replace(experiment, strategy=FedProx(mu=0.5), seed=6).simulate(
+        engine="lean", workers=0, out=tmp_path, progress="none"
+    )
     cell = run_of(made, "fedprox mu=0.5", 6)
 
     assert torch.equal(cell.parameters.trainable, alone.parameters.trainable)
