@@ -6,7 +6,7 @@ DEMO := fedavg,fedprox:mu=0.1,fedadam:server_lr=0.01,scaffold
 PROTOC := -I shoal/protos=protos --python_out=.types --mypy_out=quiet:.types \
 	--grpc_python_out=.types --mypy_grpc_out=quiet:.types shoal/protos/fleet.proto
 
-.PHONY: help demo test check protos docs papers bench bench-peers bench-service bench-strategies \
+.PHONY: help demo test check protos docs papers bench bench-peers bench-comparisons bench-service bench-strategies \
 	chaos chaos-flower fuzz clean
 
 help: ## show this
@@ -46,6 +46,9 @@ papers: .venv/.dev ## run papers' experiments again and write docs/results.md, i
 
 bench-strategies: .venv/.dev ## measure what each strategy costs beside FedAvg
 	$(BIN)/python -m benchmarks.strategies
+
+bench-comparisons: .venv/.dev ## compare FedAvg with itself 200 times: how often is something found?
+	$(BIN)/python -m benchmarks.false_positives
 
 bench-service: .venv/.dev ## measure the gRPC service beside a bare stream of chunks
 	$(BIN)/python benchmarks/service.py

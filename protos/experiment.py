@@ -16,7 +16,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from shoal.protos.errors import ExperimentError, nearest
 
-__all__ = ["Component", "Evaluation", "ExperimentFile", "override", "parse", "read", "value_of"]
+__all__ = [
+    "Component",
+    "Evaluation",
+    "ExperimentFile",
+    "lower_is_better",
+    "override",
+    "parse",
+    "read",
+    "value_of",
+]
+
+LOWER_IS_BETTER = ("loss", "mae", "mse", "error")
 
 
 class Component(BaseModel):
@@ -60,6 +71,7 @@ class ExperimentFile(BaseModel):
     strategy: Component = Component(name="fedavg")
     selector: Component = Component(name="uniform")
     client: Component | None = None
+    callbacks: list[Component] = Field(default_factory=list)
     evaluation: Evaluation = Evaluation()
     target: dict[str, float] = Field(default_factory=dict)
     quorum: Annotated[float, Gt(0), Le(1)] = 1.0
@@ -132,3 +144,8 @@ def value_of(text: str) -> Any:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
+
+
+def lower_is_better(metric: str) -> bool:
+    """Whether a metric counts downwards, as its name says: ``test_loss``, ``clients_mae_min``."""
+    return any(part in LOWER_IS_BETTER for part in metric.split("_"))

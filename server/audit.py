@@ -30,9 +30,9 @@ from shoal.protos.codec import content_of, decode_update
 from shoal.protos.errors import RunError
 from shoal.protos.messages import Failure
 from shoal.protos.parameters import Parameters
+from shoal.server.callbacks import Callback
 from shoal.server.checkpoints import Checkpoint
 from shoal.server.coordinator import Round
-from shoal.server.fleet import Report
 from shoal.server.log import now
 from shoal.server.remote import Member
 from shoal.server.runs import RunFolder, plain
@@ -68,8 +68,8 @@ def origin(run: str) -> str:
     return hashlib.sha256(run.encode()).hexdigest()
 
 
-class Audit:
-    """An :class:`~shoal.server.coordinator.Observer` that writes ``audit.jsonl``; it must hear of checkpoints first.
+class Audit(Callback):
+    """A callback that writes ``audit.jsonl``; it must hear of checkpoints first.
 
     The run goes on from ``point``; ``members`` gives a round's cohort. That a round has ended is told to the log, too.
     """
@@ -81,20 +81,11 @@ class Audit:
         self._before, self._previous = digest(point.parameters), _last(folder.path / NAME) or origin(run)
         self._failures: Sequence[Failure] = ()
 
-    def on_round(self, round: Round) -> None:
+    def on_round_end(self, round: Round, point: Checkpoint) -> None:
         self._failures = round.failures
         if round.number:
             told = {name: round.numbers[name] for name in ("counted", "failed", "seconds")}
             self._folder.log("round", round=round.number, **told)
-
-    def on_failure(self, failure: Failure) -> None:
-        return
-
-    def on_answers(self, round: int, answered: int, asked: int) -> None:
-        return
-
-    def on_evaluations(self, round: int, reports: Sequence[Report]) -> None:
-        return
 
     def on_checkpoint(self, checkpoint: Checkpoint) -> None:
         number, after = checkpoint.round, digest(checkpoint.parameters)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,16 +24,17 @@ from shoal.protos.parameters import Entry, Layout, Parameters, Segment
 from shoal.strategies.base import State, vector
 from shoal.strategies.sums import Carried
 
-__all__ = ["Checkpoint", "latest", "write"]
+__all__ = ["Checkpoint", "latest", "prune", "write"]
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """Everything a run needs to go on after ``round``, bit for bit.
 
-    ``clients`` is the fleet's note of where the clients' own states are.
+    ``clients`` is the fleet's note of where the clients' own states are, ``remembered`` what each callback must know;
+    ``stopped`` says why a callback has ended the run.
     """
 
     round: int
@@ -43,6 +44,8 @@ class Checkpoint:
     frozen: Mapping[str, Tensor] = field(default_factory=dict)
     selector: Mapping[str, Any] = field(default_factory=dict)
     clients: Mapping[str, int] = field(default_factory=dict)
+    remembered: Sequence[Mapping[str, Any]] = ()
+    stopped: str = ""
 
     @property
     def parameters(self) -> Parameters[Tensor]:
@@ -64,6 +67,11 @@ def write(folder: Path, checkpoint: Checkpoint, keep: int = 2) -> None:
     shutil.rmtree(final, ignore_errors=True)
     aside.rename(final)
     sync_folder(folder)
+    prune(folder, keep)
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Drop all checkpoints but the newest ``keep``."""
     for old in _newest_first(folder)[keep:]:
         shutil.rmtree(old)
 
@@ -91,6 +99,7 @@ def _flatten(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Any]]
     tensors[_key("carried", "counters")] = checkpoint.carried.counters
     numbers: dict[str, Any] = {"format": FORMAT, "round": checkpoint.round, "state": {}}
     numbers |= {"selector": checkpoint.selector, "clients": checkpoint.clients}
+    numbers |= {"remembered": list(checkpoint.remembered), "stopped": checkpoint.stopped}
     numbers["layout"] = [[e.name, e.segment, e.dtype, list(e.shape)] for e in checkpoint.layout.entries]
     for name, value in checkpoint.state.items():
         if isinstance(value, Tensor):
@@ -118,9 +127,8 @@ def _read(path: Path) -> Checkpoint:
         group[name] = torch.from_numpy(array)
     layout = Layout(tuple(Entry(n, Segment(s), d, tuple(shape)) for n, s, d, shape in numbers["layout"]))
     carried = Carried(found["carried"]["buffers"], found["carried"]["counters"])
-    return Checkpoint(
-        numbers["round"], found["state"], carried, layout, found["frozen"], numbers["selector"], numbers["clients"]
-    )
+    noted = (numbers[name] for name in ("selector", "clients", "remembered", "stopped"))
+    return Checkpoint(numbers["round"], found["state"], carried, layout, found["frozen"], *noted)
 
 
 def _key(*path: str) -> str:

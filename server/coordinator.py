@@ -11,7 +11,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from shoal.protos import seeds
 from shoal.protos.errors import RoundError
 from shoal.protos.messages import Failure
 from shoal.protos.parameters import Parameters, Segment
+from shoal.server.callbacks import Callback, Start, Stop
 from shoal.server.checkpoints import Checkpoint
 from shoal.server.fleet import Ask, Fleet, Report
 from shoal.server.spread import Spread
@@ -27,7 +29,7 @@ from shoal.strategies.base import Context, Strategy, vector
 from shoal.strategies.selectors import Selector
 from shoal.strategies.sums import Carried, Contribution, LeafSum, carry
 
-__all__ = ["Coordinator", "Observer", "Plan", "Round", "start", "updates_needed"]
+__all__ = ["Coordinator", "Plan", "Round", "start", "updates_needed"]
 
 PORTION = 4096  # clients whose evaluations are passed on together
 ROUNDING = 1e-9  # 100 × 1.1 is 110.00000000000001, which must not ask an 111th client
@@ -64,30 +66,6 @@ class Round:
     failures: Sequence[Failure] = field(default_factory=tuple)
 
 
-class Observer(Protocol):
-    """Told of everything that happens; a run folder and a progress display are observers."""
-
-    def on_round(self, round: Round) -> None:
-        """After each round, and once as round 0 for the evaluation of the initial model."""
-        ...
-
-    def on_failure(self, failure: Failure) -> None:
-        """As soon as a client fails."""
-        ...
-
-    def on_answers(self, round: int, answered: int, asked: int) -> None:
-        """While a round goes on: how many of its clients have answered or failed."""
-        ...
-
-    def on_evaluations(self, round: int, reports: Sequence[Report]) -> None:
-        """While clients are evaluated, before the round's own call: the next of them, in the population's order."""
-        ...
-
-    def on_checkpoint(self, checkpoint: Checkpoint) -> None:
-        """When the state is to be kept."""
-        ...
-
-
 def updates_needed(quorum: float, cohort: int) -> int:
     """How many updates a round needs to stand."""
     return max(1, math.ceil(quorum * cohort - ROUNDING))
@@ -116,34 +94,48 @@ class Coordinator:
         fleet: Fleet,
         point: Checkpoint,
         evaluate: Evaluate | None = None,
-        observers: Sequence[Observer] = (),
+        callbacks: Sequence[Callback] = (),
+        path: Path | None = None,
     ) -> None:
         self.plan, self.point = plan, point
         self._strategy, self._selector, self.fleet = strategy, selector, fleet
-        self._evaluate, self._observers = evaluate, observers
+        self._evaluate, self._callbacks, self._path = evaluate, callbacks, path
         self.stopping = False
         self._kept = point.round or None  # a point beyond the start comes from a checkpoint
         self.committing = False  # while set, an interrupt must wait: point and client states change together
         fleet.restore(point.clients)
+        self._remembering = [one for one in callbacks if type(one).remember is not Callback.remember]
+        for callback, kept in zip(self._remembering, point.remembered, strict=False):  # none before a checkpoint
+            callback.recall(kept)
 
     def stop(self) -> None:
         """Ask the run to end after the round in progress; safe in a signal handler."""
         self.stopping = True
 
     def run(self) -> Checkpoint:
-        """Run to the plan's last round, or to :meth:`stop`; the state is kept whatever ends the run."""
+        """Run to the plan's last round, or to where a callback or :meth:`stop` ends it; the state is always kept."""
         try:
-            begins = self.point.round == 0 and not self.stopping
-            if begins and self._evaluate is not None and self.plan.evaluate_every:
-                self._tell(Round(0, self._evaluation(self._evaluate, self.point)))
-            while self.point.round < self.plan.rounds and not self.stopping:
-                self._round(self.point.round + 1)
+            self._run()
+        except BaseException as error:
+            for callback in self._callbacks:
+                callback.on_exception(error)
+            raise
         finally:
             self._keep()
+        self._each(lambda callback: callback.on_run_end(self.point))
         return self.point
+
+    def _run(self) -> None:
+        self._each(lambda callback: callback.on_run_start(Start(self.plan, self.point, self._path)))
+        begins = self.point.round == 0 and not self.stopping
+        if begins and self._evaluate is not None and self.plan.evaluate_every:
+            self._tell(Round(0, self._evaluation(self._evaluate, self.point)))
+        while self.point.round < self.plan.rounds and not self.stopping and not self.point.stopped:
+            self._round(self.point.round + 1)
 
     def _round(self, number: int) -> None:
         began, ask = time.perf_counter(), self.ask(number)
+        self._each(lambda callback: callback.on_round_start(number, ask.cohort))
         summed, reports, failures = self._gather(ask)
         trained = time.perf_counter()
         after = self._finish(ask, summed, reports)
@@ -170,8 +162,8 @@ class Coordinator:
             for failure in part.failures:
                 self._report_failure(failure)
             number, answered = ask.context.round, len(reports) + len(failures)
-            for observer in self._observers:
-                observer.on_answers(number, answered, len(ask.cohort))
+            for callback in self._callbacks:
+                callback.on_answers(number, answered, len(ask.cohort))
         summed = total.total()
         needed = updates_needed(self.plan.quorum, ask.goal)
         if summed is None or summed.counted < needed:
@@ -226,9 +218,9 @@ class Coordinator:
                     self._report_failure(answer)
             spread.add(reports)
             answered += len(portion)
-            for observer in self._observers:
-                observer.on_evaluations(number, reports)
-                observer.on_answers(number, answered, len(ask.cohort))
+            for callback in self._callbacks:
+                callback.on_evaluations(number, reports)
+                callback.on_answers(number, answered, len(ask.cohort))
         return spread.line()
 
     @staticmethod
@@ -236,21 +228,25 @@ class Coordinator:
         return {f"test_{name}": value for name, value in evaluate(point.parameters).items() if name != "examples"}
 
     def _report_failure(self, failure: Failure) -> None:
-        self._each(lambda observer: observer.on_failure(failure))
+        self._each(lambda callback: callback.on_failure(failure))
 
     def _tell(self, round: Round) -> None:
-        self._each(lambda observer: observer.on_round(round))
+        said = [callback.on_round_end(round, self.point) for callback in self._callbacks]
+        stops = [one for one in said if isinstance(one, Stop)]
+        if stops:
+            self.point = replace(self.point, stopped=stops[0].reason)
 
     def _keep(self) -> None:
         if self.point.round == self._kept:
             return
         self._kept = self.point.round
-        self.point = replace(self.point, clients=self.fleet.snapshot())
-        self._each(lambda observer: observer.on_checkpoint(self.point))
+        remembered = [callback.remember() for callback in self._remembering]
+        self.point = replace(self.point, clients=self.fleet.snapshot(), remembered=remembered)
+        self._each(lambda callback: callback.on_checkpoint(self.point))
 
-    def _each(self, call: Callable[[Observer], Any]) -> None:
-        for observer in self._observers:
-            call(observer)
+    def _each(self, call: Callable[[Callback], Any]) -> None:
+        for callback in self._callbacks:
+            call(callback)
 
 
 def _due(number: int, every: int, rounds: int) -> bool:

@@ -6,6 +6,7 @@ env.json           versions, machine, command line, engine
 metrics.jsonl      a line a round; round 0 is the initial model
 clients.jsonl      lines of columns: who took part in a round, with what numbers; who failed, why; evaluations
 checkpoints/       the newest two states (safetensors and JSON)
+best/, snapshots/  what the callbacks BestModel and Snapshots keep (:mod:`shoal.server.callbacks`)
 states.sqlite      what simulated clients keep between rounds, if they do (:mod:`shoal.simulations.states`)
 summary.json       status and last numbers
 log.jsonl          events with their time, no more than a disk can hold (:mod:`shoal.server.log`)
@@ -34,6 +35,7 @@ from shoal.protos.errors import RunError
 from shoal.protos.files import locked, sync_folder, write_whole
 from shoal.protos.messages import Failure
 from shoal.server import checkpoints
+from shoal.server.callbacks import Callback
 from shoal.server.checkpoints import Checkpoint
 from shoal.server.coordinator import Round
 from shoal.server.fleet import Report
@@ -45,8 +47,8 @@ __all__ = ["RunFolder", "list_runs", "plain"]
 NUMBERED = re.compile(r"(\d{4,})-")
 
 
-class RunFolder:
-    """One run's folder; an :class:`~shoal.server.coordinator.Observer` that writes what happens.
+class RunFolder(Callback):
+    """One run's folder, which writes what happens.
 
     ``patience`` says what becomes of a write for which the disk has no room.
     """
@@ -131,7 +133,7 @@ class RunFolder:
         self.patience(lambda: _write_line(self._opened(name), line, sync=True))
         self.patience(lambda: sync_folder(self.path))
 
-    def on_round(self, round: Round) -> None:
+    def on_round_end(self, round: Round, point: Checkpoint) -> None:
         self._append("metrics.jsonl", {"round": round.number, **round.numbers})
         if round.reports or round.failures:
             failed = [{"client": f.client, "reason": f.reason} for f in round.failures]
@@ -141,9 +143,6 @@ class RunFolder:
     def on_failure(self, failure: Failure) -> None:
         event = {"client": failure.client, "round": failure.round, "reason": failure.reason}
         self.log(failure.kind, **event, **({"traceback": failure.traceback} if failure.traceback else {}))
-
-    def on_answers(self, round: int, answered: int, asked: int) -> None:
-        return
 
     def on_evaluations(self, round: int, reports: Sequence[Report]) -> None:
         if reports:

@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from shoal.protos.errors import ShoalError as ShoalError
     from shoal.protos.experiment import Evaluation as Evaluation
     from shoal.run import Run as Run
+    from shoal.server.callbacks import BestModel as BestModel
+    from shoal.server.callbacks import Callback as Callback
+    from shoal.server.callbacks import EarlyStopping as EarlyStopping
+    from shoal.server.callbacks import Snapshots as Snapshots
+    from shoal.server.callbacks import Stop as Stop
     from shoal.simulate import resume as resume
     from shoal.simulations import datasets as datasets
     from shoal.simulations.label_skew import Continuous as Continuous
@@ -68,6 +73,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "APFL": "shoal.strategies.apfl",
+    "BestModel": "shoal.server.callbacks",
+    "Callback": "shoal.server.callbacks",
     "Client": "shoal.client.client",
     "Comparison": "shoal.comparison",
     "Continuous": "shoal.simulations.label_skew",
@@ -75,6 +82,7 @@ _HOMES = {
     "DirichletMix": "shoal.simulations.label_skew",
     "Distribution": "shoal.simulations.label_skew",
     "Ditto": "shoal.strategies.ditto",
+    "EarlyStopping": "shoal.server.callbacks",
     "Evaluation": "shoal.protos.experiment",
     "Experiment": "shoal.experiment",
     "FedAdagrad": "shoal.strategies.fedadagrad",
@@ -115,6 +123,8 @@ _HOMES = {
     "ShoalError": "shoal.protos.errors",
     "Similarity": "shoal.simulations.label_skew",
     "Sizes": "shoal.simulations.quantity_skew",
+    "Snapshots": "shoal.server.callbacks",
+    "Stop": "shoal.server.callbacks",
     "Strategy": "shoal.strategies.base",
     "Uniform": "shoal.strategies.selectors",
     "Work": "shoal.client.client",
@@ -125,6 +135,8 @@ _HOMES = {
 
 __all__ = [
     "APFL",
+    "BestModel",
+    "Callback",
     "Client",
     "Comparison",
     "Continuous",
@@ -132,6 +144,7 @@ __all__ = [
     "DirichletMix",
     "Distribution",
     "Ditto",
+    "EarlyStopping",
     "Evaluation",
     "Experiment",
     "FedAdagrad",
@@ -172,6 +185,8 @@ __all__ = [
     "ShoalError",
     "Similarity",
     "Sizes",
+    "Snapshots",
+    "Stop",
     "Strategy",
     "Uniform",
     "Work",

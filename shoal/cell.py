@@ -13,22 +13,25 @@ from pathlib import Path
 from typing import TextIO
 
 from shoal.protos.errors import ShoalError
-from shoal.simulate import simulate
+from shoal.simulate import complete
 from shoal.simulations.crew import open_answers, read, write
 from shoal.simulations.packing import unpack
 
-__all__ = ["ENGINE", "Ended", "Order", "main"]
-
-ENGINE = "lean"  # one for all cells, so that arms differ in nothing but the strategy
+__all__ = ["Ended", "Order", "main"]
 
 
 @dataclass(frozen=True)
 class Order:
-    """Which of the experiments is to be run, and into what folder; ``name`` is put before what it has to say."""
+    """Which of the experiments is to be run, into what folder, by which engine in how many processes (0: in this one).
+
+    ``name`` is put before what the cell has to say.
+    """
 
     number: int
     name: str
     path: Path
+    engine: str
+    workers: int
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ def _run(assignment: bytes, order: Order) -> Ended:
         with redirect_stderr(_Named(sys.stderr, order.name)):
             # Unpacked for every order: what a user's objects remember must not reach the next cell.
             made = unpack(io.BytesIO(assignment))[order.number]
-            run = simulate(made, engine=ENGINE, workers=0, progress="none", out=order.path.parent, path=order.path)
+            run = complete(made, order.path, engine=order.engine, workers=order.workers)
         reason = "" if run.status == "finished" else f"its worker process was asked to stop, the run is {run.status}"
     except ShoalError as error:
         reason = str(error)

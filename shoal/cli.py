@@ -53,25 +53,63 @@ def simulate(
 @app.command()
 def compare(
     experiment: Annotated[Path, typer.Argument(help="An experiment file (TOML).")],
-    strategies: Annotated[str, typer.Option(help="Such as fedavg,fedprox:mu=0.1; differences are to the first.")],
+    strategies: Annotated[
+        str, typer.Option(help="Such as 'fedavg,fedprox:mu=0.01|0.1'; differences are to the first; a bar makes two.")
+    ],
     overrides: Overrides = None,
     seeds: Annotated[int, typer.Option(help="How many, from the experiment's own on.")] = 3,
+    vary: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=A|B", help="Repeat it all: 'data.partition.alpha=0.1|1.0'.")
+    ] = None,
+    tune: Annotated[int | None, typer.Option(help="Trials for each arm; bars then mean a search.")] = None,
+    search: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=A|B", help="What to tune for every arm: 'local.lr=0.03|0.1'.")
+    ] = None,
+    sampler: Annotated[str, typer.Option(help="What chooses the trials: random or optuna.")] = "random",
     target: Annotated[str | None, typer.Option(metavar="METRIC=VALUE", help="When is it reached? accuracy=0.8")] = None,
+    engine: Annotated[str, typer.Option(help="One for all runs: lean, captured:16, fused:16.")] = "lean",
     workers: Annotated[int | None, typer.Option(help="Worker processes.", show_default="one a core")] = None,
     out: Out = Path("runs"),
     as_json: AsJson = False,
 ) -> None:
-    """Run an experiment with several strategies under the same seeds, and write a report."""
+    """Run an experiment with several strategies under the same seeds, and write a report.
+
+    Runs that are there are not made again: the same command goes on after an interrupt.
+    """
     from shoal.arms import split
     from shoal.comparing import compare as run
-    from shoal.grid import read
+    from shoal.grid import read, varied
     from shoal.protos.errors import RunError
 
-    loaded = read(experiment, overrides or [], target)
-    done = run(loaded, split(strategies), seeds=seeds, workers=workers, out=out, progress="json" if as_json else "auto")
+    done = run(
+        read(experiment, overrides or [], target),
+        split(strategies),
+        seeds=seeds,
+        vary=varied(vary or []),
+        tune=tune,
+        search=varied(search or [], "--search"),
+        sampler=sampler,
+        engine=engine,
+        out=out,
+        workers=workers,
+        progress="json" if as_json else "auto",
+    )
     if done.status == "failed":
         raise RunError(done.problem)
     raise typer.Exit(0 if done.status == "finished" else 130)
+
+
+@app.command()
+def export(
+    comparison: Annotated[Path, typer.Argument(help="A comparison's folder, or runs/7 for runs/0007-name.")],
+    to: Annotated[Path, typer.Option(metavar="DIR", help="Where the tables go.")],
+    form: Annotated[str, typer.Option("--format", help="csv or parquet.")] = "csv",
+) -> None:
+    """Write a comparison's tables: arms, cells, every metric of every round, every client's."""
+    from shoal.comparison import Comparison
+
+    for path in Comparison(comparison).export(to, form):
+        print(path)
 
 
 Tls = Annotated[Path | None, typer.Option(metavar="DIR", help="Mutual TLS: a folder with ca.pem, cert.pem, key.pem.")]

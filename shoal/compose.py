@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,8 +17,9 @@ from shoal.client.participant import evaluate
 from shoal.experiment import Experiment
 from shoal.protos.errors import DataError, ExperimentError, RunError
 from shoal.protos.parameters import Parameters
+from shoal.server.callbacks import Callback
 from shoal.server.checkpoints import Checkpoint
-from shoal.server.coordinator import Coordinator, Observer, Plan, start
+from shoal.server.coordinator import Coordinator, Plan, start
 from shoal.server.fleet import Ask, Fleet
 from shoal.simulations.blocks import EngineName, Method
 from shoal.simulations.cluster import Cluster
@@ -119,7 +121,9 @@ class Composition:
                 f"engine {engine!r} cannot run this experiment: {reason}; use engine 'auto' or 'lean'"
             )
 
-    def coordinator(self, fleet: Fleet, point: Checkpoint, observers: Sequence[Observer]) -> Coordinator:
+    def coordinator(
+        self, fleet: Fleet, point: Checkpoint, callbacks: Sequence[Callback], path: Path | None = None
+    ) -> Coordinator:
         """The loop of rounds from ``point`` on."""
         e = self.experiment
         plan = Plan(
@@ -133,7 +137,7 @@ class Composition:
             evaluate_clients_every=e.evaluation.clients_every,
             checkpoint_every=e.checkpoint_every,
         )
-        return Coordinator(plan, e.strategy, e.selector, fleet, point, self._evaluation(), observers)
+        return Coordinator(plan, e.strategy, e.selector, fleet, point, self._evaluation(), callbacks, path)
 
     def _evaluation(self) -> Callable[[Parameters[Tensor]], Mapping[str, float]] | None:
         if self.data is None or self.data.test is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import platform
 import signal
@@ -20,8 +21,9 @@ from shoal.memory import memory_mb
 from shoal.progress import Display, Opening
 from shoal.protos.parameters import Segment
 from shoal.run import Run, summarise
+from shoal.server.callbacks import Callback
 from shoal.server.checkpoints import Checkpoint
-from shoal.server.coordinator import Coordinator, Observer
+from shoal.server.coordinator import Coordinator
 from shoal.server.fleet import Fleet
 from shoal.server.runs import RunFolder
 
@@ -34,8 +36,8 @@ class Execution:
 
     ``engine``, ``population`` and ``shards`` are what is shown of the clients. ``ready`` is called before the first
     round and returns when it may begin. ``watch`` makes those who are told of everything before folder and display
-    are, given the value from which the run goes on; ``observers`` are told after them. ``grace`` is how many seconds a
-    round gets to end after an interrupt, of which ``stopping`` hears; None: any time.
+    are, given the value from which the run goes on; ``callbacks`` and the experiment's own are told after them.
+    ``grace`` is how many seconds a round gets to end after an interrupt, of which ``stopping`` hears; None: any time.
     """
 
     composition: Composition
@@ -46,8 +48,8 @@ class Execution:
     make_fleet: Callable[[], Fleet]
     shards: Mapping[str, float] = field(default_factory=dict)
     ready: Callable[[Coordinator], None] = lambda coordinator: None
-    watch: Callable[[Checkpoint], Sequence[Observer]] = lambda point: ()
-    observers: Sequence[Observer] = ()
+    watch: Callable[[Checkpoint], Sequence[Callback]] = lambda point: ()
+    callbacks: Sequence[Callback] = ()
     grace: float | None = None
     stopping: Callable[[], None] = lambda: None
 
@@ -62,20 +64,22 @@ class Execution:
             show.starting(opening)
             with closing(self.make_fleet()) as fleet:
                 fleet.keep_in(folder.path)
-                watchers = self.watch(point)
-                coordinator = self.composition.coordinator(fleet, point, [*watchers, folder, show, *self.observers])
+                own = copy.deepcopy(experiment.callbacks)
+                told = [*self.watch(point), folder, show, *self.callbacks, *own]
+                coordinator = self.composition.coordinator(fleet, point, told, folder.path)
                 try:
                     with _interruptible(coordinator, show, self.grace, self.stopping):
                         self.ready(coordinator)
                         point = coordinator.run()
                 finally:
                     memory = memory_mb()  # before the workers end
-            status = "finished" if point.round >= experiment.rounds else "interrupted"
+            status = "finished" if point.round >= experiment.rounds or point.stopped else "interrupted"
         except KeyboardInterrupt:
             status = "interrupted"
             raise
         finally:
             ended = {"status": status, "name": experiment.name, "wall_seconds": time.perf_counter() - began}
+            ended |= {"stopped": point.stopped} if point.stopped else {}
             folder.write("summary.json", summarise(folder, experiment.target) | ended | {"memory_mb": memory})
             show.close()
             if status != "failed":

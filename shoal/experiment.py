@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from shoal.protos import registry
 from shoal.protos.assignment import Assignment, portable
 from shoal.protos.errors import ExperimentError, nearest
 from shoal.protos.experiment import Component, Evaluation, ExperimentFile
+from shoal.server.callbacks import Callback
 from shoal.simulations.datasets import Dataset, load
 from shoal.simulations.federated import FederatedData
 from shoal.strategies.base import Strategy
@@ -53,6 +55,7 @@ class Experiment:
     name: str = "run"
     selector: Selector = Uniform()
     client: Client | str | Mapping[str, Any] | None = None
+    callbacks: Sequence[Callback] = ()
     evaluation: Evaluation = Evaluation()
     target: Mapping[str, float] = field(default_factory=dict)
     quorum: float = 1.0
@@ -70,6 +73,7 @@ class Experiment:
                 given = type(getattr(self, where)).__name__
                 raise ExperimentError(f"{where} is a {given}; give an object, for example shoal.{EXAMPLES[where]}")
             registry.validate(getattr(self, where), where)
+        self._check_callbacks()
         loss_named(self.local.loss)
         known = {"loss", *(metric_named(metric)[0] for metric in self.local.metrics or ())}
         for name in self.target.keys() - known:
@@ -81,6 +85,21 @@ class Experiment:
                 f" as it is set: {refusal}"
             )
 
+    def _check_callbacks(self) -> None:
+        """A callback that watches a metric must not wait for one that never comes."""
+        measured = {"loss", *(metric_named(metric)[0] for metric in self.local.metrics or ())}
+        known = {f"test_{name}" for name in measured} if self.evaluation.every else set[str]()
+        if self.evaluation.clients_every:
+            known |= {f"clients_{name}{end}" for name in measured for end in ("", "_weighted", "_min", "_max")}
+        for number, callback in enumerate(self.callbacks):
+            where = f"callbacks.{number}"
+            if not isinstance(callback, Callback):
+                raise ExperimentError(f"{where} is {callback!r}, no shoal.Callback; derive it from that class")
+            registry.validate(callback, where)
+            metric = getattr(callback, "metric", "train_loss")
+            if metric.startswith(("test_", "clients_")) and metric not in known:
+                raise ExperimentError(f"'{where}.metric' is {metric!r}, which is not measured{nearest(metric, known)}")
+
     @classmethod
     def from_file(cls, path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
         """Read an experiment file; ``overrides`` are ``"strategy.mu=0.1"`` as on the command line."""
@@ -89,20 +108,22 @@ class Experiment:
     @classmethod
     def from_description(cls, file: ExperimentFile) -> Experiment:
         """Build the objects that a file names."""
-        plain = {f.name: getattr(file, f.name) for f in fields(cls) if f.name not in _OBJECTS}
-        return cls(
-            model=file.model.model_dump(),
-            data=None if file.data is None else load(file.data.name, **file.data.arguments),
-            strategy=registry.build(
-                "shoal.strategies", file.strategy.name, file.strategy.arguments, "strategy", Strategy
-            ),
-            local=registry.build("shoal.local", _LOCAL, file.local, "local"),
-            selector=registry.build(
-                "shoal.selectors", file.selector.name, file.selector.arguments, "selector", Selector
-            ),
-            client=None if file.client is None else file.client.model_dump(),
-            **plain,
-        )
+        return cls(**{f.name: _made(f.name, file) for f in fields(cls)})
+
+    def changed(self, changes: Sequence[str]) -> Experiment:
+        """With changes as on the command line, ``"data.partition.alpha=0.1"``; the other parts are kept as they are.
+
+        ExperimentError for a change of what only exists in Python.
+        """
+        content = copy.deepcopy(self.described())
+        touched = {re.split(r"[.=]", change, maxsplit=1)[0].strip(): change for change in changes}
+        for key, change in touched.items():
+            if content.get(key, {}) is None:
+                raise ExperimentError(f"{change!r} changes '{key}', which only exists in Python; give it by name")
+        for change in changes:
+            files.override(content, change)
+        file = files.parse({"model": "kept"} | {key: value for key, value in content.items() if value is not None})
+        return replace(self, **{key: _made(key, file) for key in touched})
 
     def simulate(
         self,
@@ -155,7 +176,7 @@ class Experiment:
 
     def assignment(self, data: FederatedData | None) -> Assignment:
         """What every client of a run is told; ExperimentError for what only exists in this Python process."""
-        described = self._described()
+        described = self.described()
         for key in ("model", "local", "strategy", "client"):
             if described.get(key, {}) is None:
                 raise ExperimentError(
@@ -185,13 +206,13 @@ class Experiment:
 
     def toml(self) -> str:
         """The experiment file, every default written out; what only exists in Python is named in a comment."""
-        described = self._described()
+        described = self.described()
         unnamed = [key for key, value in described.items() if value is None]
         note = f"{UNNAMED} {', '.join(unnamed)}\n" if unnamed else ""
         known = {key: _absolute(value) for key, value in described.items() if value is not None}
         return note + tomli_w.dumps(known)
 
-    def _described(self) -> dict[str, Any]:
+    def described(self) -> dict[str, Any]:
         """As in a file; None stands for what no file can name."""
         described = self._plain() | {
             "model": _describe_model(self.model),
@@ -201,6 +222,9 @@ class Experiment:
         }
         if self.data is not None:
             described["data"] = self.data.spec if isinstance(self.data, Dataset) else None
+        if self.callbacks:
+            callbacks = [registry.describe("shoal.callbacks", callback) for callback in self.callbacks]
+            described["callbacks"] = None if None in callbacks else callbacks
         if isinstance(self.client, Client):
             described["client"] = registry.describe("shoal.clients", self.client)
         elif self.client is not None:
@@ -216,8 +240,28 @@ class Experiment:
 
 EXAMPLES = {"strategy": "FedAvg()", "local": "LocalTraining(lr=0.1)", "selector": "Uniform()"}
 UNNAMED = "# cannot be run again from this file alone: a Python object stands for"
-_OBJECTS = frozenset({"model", "data", "strategy", "local", "selector", "client"})
+_OBJECTS = frozenset({"model", "data", "strategy", "local", "selector", "client", "callbacks"})
 _LOCAL = "shoal.client.local:LocalTraining"
+
+
+def _made(key: str, file: ExperimentFile) -> Any:
+    """One part of an experiment, from its description."""
+    if key == "model":
+        return file.model.model_dump()
+    if key == "data":
+        return None if file.data is None else load(file.data.name, **file.data.arguments)
+    if key == "strategy":
+        return registry.build("shoal.strategies", file.strategy.name, file.strategy.arguments, "strategy", Strategy)
+    if key == "local":
+        return registry.build("shoal.local", _LOCAL, file.local, "local")
+    if key == "selector":
+        return registry.build("shoal.selectors", file.selector.name, file.selector.arguments, "selector", Selector)
+    if key == "callbacks":
+        named = [(callback.name, callback.arguments, f"callbacks.{i}") for i, callback in enumerate(file.callbacks)]
+        return [registry.build("shoal.callbacks", *one, Callback) for one in named]
+    if key == "client":
+        return None if file.client is None else file.client.model_dump()
+    return getattr(file, key)
 
 
 @dataclass(frozen=True)

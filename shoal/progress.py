@@ -7,7 +7,7 @@ import math
 import os
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,9 +19,9 @@ from rich.table import Table
 
 from shoal.protos.errors import ExperimentError, nearest
 from shoal.protos.messages import Failure
+from shoal.server.callbacks import Callback
 from shoal.server.checkpoints import Checkpoint
 from shoal.server.coordinator import Round
-from shoal.server.fleet import Report
 from shoal.server.runs import plain
 
 if TYPE_CHECKING:
@@ -58,8 +58,8 @@ class Opening:
     round: int = 0
 
 
-class Display(ABC):
-    """An observer of the coordinator that shows a run to someone."""
+class Display(Callback, ABC):
+    """A callback that shows a run to someone."""
 
     _shown: frozenset[str] = frozenset({""})
 
@@ -67,7 +67,7 @@ class Display(ABC):
     def starting(self, opening: Opening) -> None: ...
 
     @abstractmethod
-    def on_round(self, round: Round) -> None: ...
+    def on_round_end(self, round: Round, point: Checkpoint) -> None: ...
 
     def on_failure(self, failure: Failure) -> None:
         """Failures come at once: nothing is silent. A traceback that was shown before is not repeated."""
@@ -76,14 +76,9 @@ class Display(ABC):
         known, self._shown = self._shown, self._shown | {failure.traceback}
         self.note(text if failure.traceback in known else f"{text}\n{failure.traceback}")
 
-    def on_answers(self, round: int, answered: int, asked: int) -> None:
-        return
-
-    def on_evaluations(self, round: int, reports: Sequence[Report]) -> None:
-        return
-
-    def on_checkpoint(self, checkpoint: Checkpoint) -> None:
-        return
+    def on_run_end(self, point: Checkpoint) -> None:
+        if point.stopped:
+            self.note(f"stopped after round {point.round}: {point.stopped}")
 
     def planned(self, line: str) -> None:
         """How clients will be played, found by measuring."""
@@ -128,7 +123,7 @@ class Plain(Display):
     def planned(self, line: str) -> None:
         self.console.print(f"  measured  {line}", markup=False)
 
-    def on_round(self, round: Round) -> None:
+    def on_round_end(self, round: Round, point: Checkpoint) -> None:
         self.console.print(_line(round, self._rounds), markup=False)
 
     def note(self, text: str) -> None:
@@ -163,7 +158,7 @@ class Live(Plain):
         )
         self._bar.start()
 
-    def on_round(self, round: Round) -> None:
+    def on_round_end(self, round: Round, point: Checkpoint) -> None:
         shown = {name: value for name, value in round.numbers.items() if name.startswith(("test_", "train_loss"))}
         main = next((value for name, value in shown.items() if "loss" not in name), None)
         self._history += [] if main is None else [main]
@@ -205,7 +200,7 @@ class Json(Display):
     def planned(self, line: str) -> None:
         self._print("measured", choice=line)
 
-    def on_round(self, round: Round) -> None:
+    def on_round_end(self, round: Round, point: Checkpoint) -> None:
         self._print("round", round=round.number, **round.numbers)
 
     def on_failure(self, failure: Failure) -> None:
@@ -227,7 +222,7 @@ class Silent(Display):
     def planned(self, line: str) -> None:
         return
 
-    def on_round(self, round: Round) -> None:
+    def on_round_end(self, round: Round, point: Checkpoint) -> None:
         return
 
     def note(self, text: str) -> None:

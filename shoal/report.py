@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from html import escape
+from collections.abc import Callable, Iterator, Sequence
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
@@ -12,17 +11,15 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from shoal.simulations.comparison import Point, Row, headings, on_significance, plus_minus, texts
+from shoal.figures import differences, distribution, figure, style
+from shoal.simulations.answer import in_words, on_significance, short_table, with_interval
+from shoal.simulations.comparison import Row
 
 if TYPE_CHECKING:
     from shoal.comparison import Comparison
 
 __all__ = ["figure", "html"]
 
-# Okabe and Ito (2008): told apart by colour-blind readers. Dashes go on where colours end, and survive grey print.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-DASHES = ("solid", "dash", "dot", "dashdot")
-AXES = {"round": "round", "megabytes": "megabytes sent in all, to clients and back (mean over seeds)"}
 TITLES = {"round": "rounds", "megabytes": "what was sent"}
 
 
@@ -31,95 +28,124 @@ def html(comparison: Comparison) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(files("shoal").joinpath("report.html.j2").read_text(encoding="utf-8"))
     s, rows = comparison.summary, comparison.rows
+    arms = list(dict.fromkeys(row.strategy for row in rows))
     described = {"command": None} | comparison.description
     return template.render(
         **described,
         summary=s,
         problem=comparison.problem,
         metric=s["metric"],
-        words=_words(s["metric"]),
+        words=in_words(s["metric"]),
         first=rows[0],
-        tables=_tables(rows, s["metric"], s["target"]),
-        colours=[_style(number)[0] for number in range(len(rows))],
+        answer=comparison.answer,
+        tables=_tables(rows),
+        colours=[style(arms.index(row.strategy))[0] for row in rows],
         goals=[f"{name} {value:g}" for name, value in s["target"].items()],
-        significance=on_significance(rows[0].seeds),
-        figures=_figures(comparison),
+        significance=on_significance(rows),
+        has_clients=any(row.clients_mean is not None for row in rows),
+        figures=list(_figures(comparison)),
         experiment=(comparison.path / "experiment.toml").read_text(encoding="utf-8"),
         environment=comparison.environment(),
         plotly=Markup(get_plotlyjs()),
     )
 
 
-def _tables(rows: Sequence[Row], metric: str, target: Mapping[str, float]) -> list[list[list[str]]]:
-    """The short table, and one with what is left: each is its heading and its lines."""
-    name = _words(metric)
-    more = ["strategy", f"{name}, mean of last 10", "difference", f"{name}, best", "MB in all", "client failures"]
-    return [[headings(metric, target), *map(texts, rows)], [more, *map(_more, rows)]]
+# --- tables ----------------------------------------------------------------------------------------------------------
 
 
-def _more(row: Row) -> list[str]:
-    ten = plus_minus(row.mean_of_last_10, row.sd_of_last_10)
-    of_ten = plus_minus(row.difference_of_last_10, row.difference_of_last_10_sd, "+.4f")
-    megabytes = "–" if row.megabytes is None else f"{row.megabytes:.1f}"
-    return [row.strategy, ten, of_ten, plus_minus(row.best, None), megabytes, str(row.client_failures)]
+def _tables(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The short table and those with what is left: title, headings, lines."""
+    short, name = short_table(rows), in_words(rows[0].metric)
+    wanted: list[tuple[str, list[str], Callable[[Row], list[str]]]] = [
+        (
+            "The same by other measures",
+            [f"{name}, mean of last 10", f"minus {rows[0].strategy}", f"{name}, best", "MB in all", "client failures"],
+            _other_measures,
+        )
+    ]
+    if rows[0].target is not None:
+        columns = ["reached", "rounds", "median rounds", "MB", "median MB", "seconds", "median seconds"]
+        wanted.append((f"What it took to {name} {rows[0].target:g}", columns, _until_target))
+    if any(row.clients_mean is not None for row in rows):
+        columns = ["mean over clients", "weighted by examples", "variance", "worst 10 %", "best 10 %"]
+        wanted.append((f"{name.capitalize()} of clients, each on its own held-out examples", columns, _over_clients))
+    named = 1 + any(row.scenario for row in rows)
+    more = [
+        {"title": title, "head": [*short[0][:named], *head], "lines": [[*_names(row, named), *of(row)] for row in rows]}
+        for title, head, of in wanted
+    ]
+    return [{"title": "", "head": short[0], "lines": short[1:]}, *more]
 
 
-def _words(metric: str) -> str:
-    return metric.removeprefix("test_").removeprefix("train_").replace("_", " ")
+def _names(row: Row, named: int) -> list[str]:
+    return [row.scenario, row.strategy][-named:]
 
 
-def _figures(comparison: Comparison) -> list[dict[str, Any]]:
+def _other_measures(row: Row) -> list[str]:
+    ten = with_interval(row.mean_of_last_10, row.low_of_last_10, row.high_of_last_10)
+    low, high = row.difference_of_last_10_low, row.difference_of_last_10_high
+    difference = with_interval(row.difference_of_last_10, low, high, "+.4f")
+    return [ten, difference, _plain(row.best), _plain(row.megabytes, ".1f"), str(row.client_failures)]
+
+
+def _until_target(row: Row) -> list[str]:
+    least = "" if row.reached == row.finished else "≥ "
+    rounds = with_interval(row.rounds_to_target, row.rounds_to_target_low, row.rounds_to_target_high, ".1f")
+    cells = [f"{row.reached}/{row.finished}", f"{least}{rounds}", _median(row.rounds_to_target_median)]
+    cells += [f"{least}{_plain(row.megabytes_to_target, '.1f')}", _median(row.megabytes_to_target_median)]
+    return [*cells, f"{least}{_plain(row.seconds_to_target, '.1f')}", _median(row.seconds_to_target_median)]
+
+
+def _over_clients(row: Row) -> list[str]:
+    worst = with_interval(row.clients_worst_10, row.clients_worst_10_low, row.clients_worst_10_high)
+    means = [_plain(row.clients_mean), _plain(row.clients_weighted), _plain(row.clients_variance, ".5f")]
+    return [*means, worst, _plain(row.clients_best_10)]
+
+
+def _plain(value: float | None, form: str = ".4f") -> str:
+    return "–" if value is None else f"{value:{form}}"
+
+
+def _median(value: float | None) -> str:
+    return "not reached" if value is None else f"{value:.1f}"
+
+
+# --- figures ---------------------------------------------------------------------------------------------------------
+
+
+def _figures(comparison: Comparison) -> Iterator[dict[str, Any]]:
     """The plots that have a line, each with its title."""
-    s = comparison.summary
+    s, rows = comparison.summary, comparison.rows
+    if any(row.difference is not None for row in rows):
+        yield _shown(f"Differences from {rows[0].strategy}", differences(rows))
     wanted = [(s["metric"], "round"), (s["metric"], "megabytes"), ("test_loss", "round"), ("train_loss", "round")]
-    made = []
     for metric, against in dict.fromkeys(wanted):
         where = "of the clients in training" if metric.startswith("train_") else "on the test set"
-        title = f"{_words(metric).capitalize()} {where} over {TITLES[against]}"
-        goal = s["target"].get(_words(metric)) if metric == s["metric"] else None
-        if curves := comparison.curves(metric):
-            made.append({"title": title, "plot": _embedded(figure(curves, metric, against, goal))})
-    return made
+        goal = s["target"].get(in_words(metric)) if metric == s["metric"] else None
+        for scenario in comparison.scenarios:
+            title = f"{in_words(metric).capitalize()} {where} over {TITLES[against]}"
+            if curves := comparison.curves(metric, scenario):
+                yield _shown(_in(scenario, title), figure(curves, metric, against, goal))
+    yield from _spreads(comparison)
 
 
-def figure(curves: Mapping[str, Sequence[Point]], metric: str, against: str, target: float | None = None) -> go.Figure:
-    """For each arm the mean over seeds, in a band from the lowest to the highest."""
-    plot = go.Figure()
-    for number, (arm, points) in enumerate(curves.items()):
-        (colour, dash), x = _style(number), [getattr(point, against) for point in points]
-        shared: dict[str, Any] = {"x": x, "legendgroup": str(number), "name": escape(arm), "mode": "lines"}
-        edge: dict[str, Any] = {"line_width": 0, "showlegend": False, "hoverinfo": "skip"}
-        plot.add_scatter(y=[point.high for point in points], **edge, **shared)
-        plot.add_scatter(y=[point.low for point in points], fill="tonexty", fillcolor=_faint(colour), **edge, **shared)
-        plot.add_scatter(y=[point.mean for point in points], line={"color": colour, "dash": dash}, **shared)
-    if target is not None:
-        grey = {"color": "#767676", "dash": "dot", "width": 1}
-        plot.add_hline(y=target, line=grey, annotation_text=f"target {target:g}", annotation_position="top left")
-    plot.update_layout(template="simple_white", xaxis_title=AXES[against], yaxis_title=escape(_words(metric)))
-    plot.update_yaxes(range=_frame(curves))
-    plot.update_layout(margin={"l": 60, "r": 20, "t": 20, "b": 50}, height=380, hovermode="x unified")
-    return plot.update_layout(legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0})
+def _spreads(comparison: Comparison) -> Iterator[dict[str, Any]]:
+    metric, frame = in_words(comparison.summary["metric"]).replace(" ", "_"), comparison.clients
+    frame = frame[frame["metric"] == metric]
+    for scenario in comparison.scenarios:
+        here = frame[frame["scenario"] == scenario]
+        last = here[here["round"] == here.groupby(["arm", "seed"])["round"].transform("max")]
+        arms = dict.fromkeys(cell["arm"] for cell in comparison.summary["cells"])
+        values = {arm: last.loc[last["arm"] == arm, "value"].dropna().tolist() for arm in arms}
+        if any(values.values()):
+            title = f"{in_words(metric).capitalize()} of clients at the end: how it is spread"
+            yield _shown(_in(scenario, title), distribution(values, metric))
 
 
-def _frame(curves: Mapping[str, Sequence[Point]]) -> list[float] | None:
-    """The range of values after the first tenth of the rounds, which would press all others together."""
-    begins = max((points[-1].round for points in curves.values()), default=0) / 10
-    later = [point for points in curves.values() for point in points if point.round >= begins]
-    if not later:
-        return None
-    low, high = min(point.low for point in later), max(point.high for point in later)
-    return [low - 0.05 * (high - low), high + 0.05 * (high - low)] if high > low else None
+def _in(scenario: str, title: str) -> str:
+    return f"{title}, {scenario}" if scenario else title
 
 
-def _style(number: int) -> tuple[str, str]:
-    return COLOURS[number % len(COLOURS)], DASHES[number // len(COLOURS) % len(DASHES)]
-
-
-def _faint(colour: str) -> str:
-    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-    return f"rgba({red},{green},{blue},0.15)"
-
-
-def _embedded(plot: go.Figure) -> Markup:
+def _shown(title: str, plot: go.Figure) -> dict[str, Any]:
     config = {"displaylogo": False, "responsive": True}
-    return Markup(plot.to_html(full_html=False, include_plotlyjs=False, config=config))
+    return {"title": title, "plot": Markup(plot.to_html(full_html=False, include_plotlyjs=False, config=config))}

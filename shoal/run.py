@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from shoal.protos.errors import RunError
+from shoal.protos.experiment import lower_is_better
+from shoal.server import checkpoints
 from shoal.server.runs import RunFolder
+from shoal.simulations.statistics import Fairness
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -18,9 +22,7 @@ if TYPE_CHECKING:
 
     from shoal.protos.parameters import Parameters
 
-__all__ = ["Run", "summarise"]
-
-LOWER_IS_BETTER = ("loss", "mae", "mse", "error")
+__all__ = ["Run", "fairness", "summarise"]
 
 
 class Run:
@@ -75,11 +77,29 @@ class Run:
         return pd.DataFrame(rows, columns=["round", "client", "reason"])
 
     @cached_property
+    def fairness(self) -> pd.DataFrame:
+        """How each metric of the last evaluation of clients is spread over them, a row a metric.
+
+        Columns: those of :class:`~shoal.simulations.statistics.Fairness`.
+        """
+        import pandas as pd
+
+        return pd.DataFrame({name: asdict(found) for name, found in fairness(self._folder).items()}).T
+
+    @cached_property
     def parameters(self) -> Parameters[Tensor]:
         """The global model after the last round kept; ``.named()`` gives the tensors by name."""
         point = self._folder.latest()
         if point is None:
             raise RunError(f"{self.path} holds no checkpoint; the run ended before its first round")
+        return point.parameters
+
+    @cached_property
+    def best(self) -> Parameters[Tensor]:
+        """The global model that :class:`shoal.BestModel` kept."""
+        point = checkpoints.latest(self.path / "best")
+        if point is None:
+            raise RunError(f"{self.path} keeps no best model; run it with callbacks=[shoal.BestModel('test_accuracy')]")
         return point.parameters
 
     def load_into(self, module: nn.Module) -> nn.Module:
@@ -131,12 +151,8 @@ def _last_ten(name: str, having: list[dict[str, Any]]) -> list[float]:
     return [line[name] for line in having if line["round"] > 0][-10:]
 
 
-def _lower(name: str) -> bool:
-    return any(part in LOWER_IS_BETTER for part in name.split("_"))
-
-
 def _best(name: str, having: list[dict[str, Any]]) -> dict[str, Any]:
-    choose = min if _lower(name) else max
+    choose = min if lower_is_better(name) else max
     line = choose(having, key=lambda line: line[name])
     return {"value": line[name], "round": line["round"]}
 
@@ -147,6 +163,25 @@ def _reached(name: str, value: float, rounds: list[dict[str, Any]]) -> dict[str,
     for line in rounds:
         spent = {key: total + line[key] for key, total in spent.items()}
         now = line.get(f"test_{name}")
-        if now is not None and (now <= value if _lower(name) else now >= value):
+        if now is not None and (now <= value if lower_is_better(name) else now >= value):
             return {"value": value, "round": line["round"], **spent}
     return {"value": value, "round": None}
+
+
+def fairness(folder: RunFolder) -> dict[str, Fairness]:
+    """How the last evaluation of clients is spread over them, by metric; empty if clients were not evaluated."""
+    last, told = -1, dict[str, list[tuple[float, float]]]()
+    for line in folder.lines("clients.jsonl"):
+        if line["kind"] != "evaluate":
+            continue
+        if line["round"] != last:
+            last, told = line["round"], {}
+        examples = [n or 0 for n in line.get("examples", [0] * len(line["client"]))]
+        for name in line.keys() - {"round", "kind", "client", "examples"}:
+            pairs = zip(line[name], examples, strict=True)
+            told.setdefault(name, []).extend((value, n) for value, n in pairs if value is not None)
+    return {name: _fairness(name, pairs) for name, pairs in sorted(told.items()) if pairs}
+
+
+def _fairness(name: str, told: list[tuple[float, float]]) -> Fairness:
+    return Fairness.of([value for value, _ in told], [n for _, n in told], lower_is_better(name))

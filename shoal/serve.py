@@ -21,8 +21,9 @@ from shoal.protos.transport import Address, Certificates, check_exposure
 from shoal.run import Run
 from shoal.server.audit import Audit
 from shoal.server.board import called_from
+from shoal.server.callbacks import Callback
 from shoal.server.checkpoints import Checkpoint
-from shoal.server.coordinator import Coordinator, Observer, updates_needed
+from shoal.server.coordinator import Coordinator, updates_needed
 from shoal.server.fleet import Fleet
 from shoal.server.journal import Journal
 from shoal.server.orders import Disk, Event, Joined, Left, Opened, Refused
@@ -181,7 +182,7 @@ def _execution(
             fleets[0].wait_for(needed, lambda present: show.waiting(present, needed), lambda: coordinator.stopping)
         roster.quiet = len(fleets[0].reachable) > FEW
 
-    def watch(point: Checkpoint) -> Sequence[Observer]:
+    def watch(point: Checkpoint) -> Sequence[Callback]:
         return [Audit(folder, run, point, fleets[0].members)]
 
     way = "mutual TLS" if door.tls else "plain text"
@@ -190,7 +191,7 @@ def _execution(
         *(composition, folder, show, engine, needed, make_fleet),
         ready=ready,
         watch=watch,
-        observers=[Reporter(serving)],
+        callbacks=[Reporter(serving)],
         grace=GRACE,
         stopping=serving.drain,
     )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
+import time
 import tomllib
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, replace
@@ -22,8 +25,9 @@ from shoal.simulations.blocks import EngineName, Method
 from shoal.simulations.fleet import LEAN, SimulatedFleet
 from shoal.simulations.planner import plan
 
-__all__ = ["resume", "simulate"]
+__all__ = ["complete", "resume", "simulate"]
 
+PATIENCE = 10.0  # seconds
 MAY_CHANGE = frozenset({"rounds", "evaluation", "target", "checkpoint_every"})
 
 
@@ -51,6 +55,34 @@ def simulate(
         env = environment(composition, engine, place.workers, _population(composition))
         folder.write("env.json", env | ({"ray": {"address": place.address}} if place.on_ray else {}))
         return _simulated(composition, folder, place, show, engine, method).run(composition.start())
+
+
+def complete(experiment: Experiment, path: Path, *, engine: str, workers: int) -> Run:
+    """A whole run in a folder of its own: from where an earlier process left it, or from the start; no word of it.
+
+    What an earlier process left and nobody can read is dropped.
+    """
+    if path.exists():
+        with closing(RunFolder(path)) as folder:
+            _claim_soon(folder)
+            try:
+                return _resume(folder, experiment, None, display("none"))
+            except RunError as error:
+                print(f"{path} is begun anew: {error}", file=sys.stderr)
+                shutil.rmtree(path)
+    return simulate(experiment, engine=engine, workers=workers, progress="none", out=path.parent, path=path)
+
+
+def _claim_soon(folder: RunFolder) -> None:
+    """A worker whose parent was killed ends within a second or two, and holds its folder until then."""
+    until = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return folder.claim()
+        except RunError:
+            if time.monotonic() > until:
+                raise
+        time.sleep(0.1)
 
 
 def _place(experiment: Experiment, engine: str, workers: int | None, ray_address: str | None) -> Place:
@@ -107,8 +139,8 @@ def resume(
     """
     show = display(progress)
     with closing(RunFolder.open(Path(path))) as folder:
-        if (folder.path / "comparison.toml").exists():
-            raise RunError(f"{folder.path} is a comparison, which cannot be resumed yet; its runs in cells/ can")
+        if folder.has("comparison.toml"):
+            raise RunError(f"{folder.path} is a comparison; the command that began it goes on with it")
         folder.claim()
         return _resume(folder, experiment, rounds, show)
 
@@ -123,8 +155,11 @@ def _resume(folder: RunFolder, experiment: Experiment | None, rounds: int | None
         experiment = replace(experiment, checkpoint_every=1)
     composition = Composition(experiment)
     done = folder.latest()
-    if done is not None and done.round >= experiment.rounds:
-        raise RunError(f"{folder.path} has all its {done.round} rounds; make it longer with --rounds (rounds=…)")
+    if done is not None and folder.read("summary.json")["status"] == "finished":
+        if done.stopped:
+            raise RunError(f"{folder.path} was stopped after round {done.round}: {done.stopped}; it is finished")
+        if done.round >= experiment.rounds:
+            raise RunError(f"{folder.path} has all its {done.round} rounds; make it longer with --rounds (rounds=…)")
     with _again(composition, folder, recorded, show) as execution:
         folder.write("experiment.toml", experiment.toml())
         return execution.run(come_back(composition, folder))

@@ -77,7 +77,7 @@ def _committed(service: Any, request: bytes, *_: Any) -> Mapping[str, Any]:
     return {"nonce": CommitRequest.FromString(request).nonce}
 
 
-def _round(folder: Any, round: Any) -> Mapping[str, Any]:
+def _round(folder: Any, round: Any, point: Any) -> Mapping[str, Any]:
     return {"round": round.number}
 
 
@@ -97,7 +97,7 @@ POINTS = (
     Point("summed", S, "shoal.server.coordinator:Coordinator._gather", "the round's sum is complete"),
     Point("settled", S, f"{REMOTE}:RemoteFleet.settle", "clients' states count, the model is not yet replaced"),
     Point("evaluated", S, "shoal.server.coordinator:Coordinator._evaluate_point", "evaluated, nothing is written"),
-    Point("recorded", S, "shoal.server.runs:RunFolder.on_round", "the metrics are written", notes=_round),
+    Point("recorded", S, "shoal.server.runs:RunFolder.on_round_end", "the metrics are written", notes=_round),
     Point("audited", S, "shoal.server.audit:Audit.on_checkpoint", "the audit line is on the disk, no checkpoint is"),
     Point("written", S, f"{KEPT}:write_synced", "a checkpoint's files are there, aside", only=_is("state.json")),
     Point("renamed", S, f"{KEPT}:sync_folder", "the checkpoint has its name, unsynced", before=True),

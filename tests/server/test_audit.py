@@ -46,7 +46,8 @@ def written(path: Path, first: int, last: int) -> list[dict[str, Any]]:
         audit = Audit(folder, "a run", point(first - 1, "a"), cohort)
         for number in range(first, last + 1):
             numbers = {"counted": 1.0, "failed": 1.0, "seconds": 0.5}
-            audit.on_round(Round(number, numbers, failures=[Failure("broken", number, "it broke")]))
+            failed = [Failure("broken", number, "it broke")]
+            audit.on_round_end(Round(number, numbers, failures=failed), point(number, "a"))
             audit.on_checkpoint(point(number, "a"))
     return [json.loads(line) for line in (path / "audit.jsonl").read_text().splitlines()]
 

@@ -302,7 +302,7 @@ def test_a_coordinator_is_seen_at_work(house: House, join: Join, look: Look) -> 
     peers = [join(house.serving, name) for name in "ab"]
     plan, reporter = Plan(rounds=2, cohort=2), Reporter(house.serving)
     coordinator = Coordinator(
-        plan, STRATEGY, Uniform(), house.fleet, start(STRATEGY, Uniform(), INITIAL), observers=[reporter]
+        plan, STRATEGY, Uniform(), house.fleet, start(STRATEGY, Uniform(), INITIAL), callbacks=[reporter]
     )
     house.serving.tell(OPENED)
     with ThreadPoolExecutor(1) as pool:

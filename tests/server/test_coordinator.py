@@ -13,6 +13,7 @@ import torch
 from shoal.protos.errors import RoundError
 from shoal.protos.messages import Failure, Update
 from shoal.protos.parameters import Entry, Layout, Parameters, Segment
+from shoal.server.callbacks import Callback
 from shoal.server.checkpoints import Checkpoint
 from shoal.server.coordinator import PORTION, Coordinator, Plan, Round, start
 from shoal.server.fleet import Ask, Part, Report
@@ -71,14 +72,14 @@ class MadeUp:
         return
 
 
-class Witness:
+class Witness(Callback):
     """Remembers what it was told."""
 
     def __init__(self) -> None:
         self.rounds, self.failures, self.kept = list[Round](), list[Failure](), list[Checkpoint]()
         self.answers, self.evaluations = list[tuple[int, int, int]](), dict[int, list[Report]]()
 
-    def on_round(self, round: Round) -> None:
+    def on_round_end(self, round: Round, point: Checkpoint) -> None:
         self.rounds.append(round)
 
     def on_failure(self, failure: Failure) -> None:
@@ -220,8 +221,8 @@ def test_evaluations_are_passed_on_as_they_come() -> None:
 def test_stop_ends_after_the_round_in_progress() -> None:
     coordinator, witness = made(MadeUp(), rounds=50)
     stopper = Witness()
-    stopper.on_round = lambda round: coordinator.stop() if round.number == 2 else None  # type: ignore[method-assign]
-    coordinator._observers = [witness, stopper]
+    stopper.on_round_end = lambda round, point: coordinator.stop() if round.number == 2 else None  # type: ignore[method-assign]
+    coordinator._callbacks = [witness, stopper]
 
     assert coordinator.run().round == 2
     assert [kept.round for kept in witness.kept] == [2]

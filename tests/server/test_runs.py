@@ -8,12 +8,19 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 from shoal.protos.errors import RunError
 from shoal.protos.messages import Failure
-from shoal.server.coordinator import Round
+from shoal.protos.parameters import Entry, Layout, Parameters, Segment
+from shoal.server.coordinator import Round, start
 from shoal.server.fleet import Report
 from shoal.server.runs import RunFolder, list_runs
+from shoal.strategies.fedavg import FedAvg
+from shoal.strategies.selectors import Uniform
+
+EMPTY, LAYOUT = torch.zeros(0), Layout((Entry("w", Segment.TRAINABLE, "float32", (2,)),))
+POINT = start(FedAvg(), Uniform(), Parameters(LAYOUT, torch.zeros(2), EMPTY, EMPTY))
 
 
 def test_numbers_rise_and_nothing_is_overwritten(tmp_path: Path) -> None:
@@ -44,7 +51,7 @@ def test_lines_of_a_round(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     reports = [Report("b", {"examples": 3.0, "loss": 0.5}), Report("a", {"examples": 4.0})]
     folder.on_evaluations(1, [Report("a", {})])
-    folder.on_round(Round(1, {"counted": 2.0, "loss": math.nan}, reports, [Failure("c", 1, "why")]))
+    folder.on_round_end(Round(1, {"counted": 2.0, "loss": math.nan}, reports, [Failure("c", 1, "why")]), POINT)
     folder.close()
     evaluate, train = folder.lines("clients.jsonl")
 
@@ -72,7 +79,7 @@ def test_a_failure_is_logged_with_its_traceback(tmp_path: Path) -> None:
 def test_rewind_drops_later_rounds_and_torn_lines(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     for number in range(5):
-        folder.on_round(Round(number, {"x": 0.25}))
+        folder.on_round_end(Round(number, {"x": 0.25}), POINT)
         folder.log("round", round=number)
     folder.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:

@@ -10,7 +10,10 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from shoal.cli import main
 
 ROOT = Path(__file__).parents[2]
 SHOAL = "import sys; sys.argv[0] = 'shoal'; from shoal.cli import main; main()"
@@ -110,3 +113,95 @@ def start(tmp_path: Path) -> Iterator[Start]:
     yield run
     for process in started:
         process.end()
+
+
+# --- a tiny experiment, and commands in this process ------------------------------------------------------------------
+
+EXPERIMENT = """
+name = "tiny"
+rounds = 3
+cohort = 3
+[data]
+name = "csv"
+path = "tiny.csv"
+label = "y"
+client = "site"
+test_fraction = 0.2
+[model]
+name = "linear"
+[local]
+lr = 0.1
+batch_size = 4
+"""
+
+MINE = """
+import os, signal
+from dataclasses import dataclass
+from pathlib import Path
+import shoal
+from shoal.strategies.fedavg import FedAvg
+
+@dataclass(frozen=True)
+class Mine(shoal.Strategy):
+    part: float = 1.0
+    citation = "none"
+    def local(self, trainer, sent, mine):
+        return trainer.run(sent.parameters), mine
+    def contribute(self, state, update, context):
+        return FedAvg().contribute(state, update, context)
+    def finish(self, state, total, context):
+        return FedAvg().finish(state, total, context)
+
+class Raises(Mine):
+    def finish(self, state, total, context):
+        raise KeyError("no such thing")
+
+class Dies(Mine):
+    def finish(self, state, total, context):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+class DiesOnce(Mine):
+    def finish(self, state, total, context):
+        if not Path("died").exists():
+            Path("died").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().finish(state, total, context)
+
+class PowerCut(Mine):
+    def finish(self, state, total, context):
+        if context.round == 3 and not Path("killed").exists():
+            Path("killed").touch()
+            os.kill(os.getppid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().finish(state, total, context)
+"""
+
+Shoal = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with ``tiny.toml``, ``tiny.csv`` and ``mine.py``."""
+    rng, rows = np.random.default_rng(0), ["a,b,y,site"]
+    for row in range(60):
+        x = rng.normal(size=2)
+        rows.append(f"{x[0]:.3f},{x[1]:.3f},{int(x[0] > x[1])},{'abcdef'[row % 6]}")
+    (tmp_path / "tiny.csv").write_text("\n".join(rows) + "\n")
+    (tmp_path / "tiny.toml").write_text(EXPERIMENT)
+    (tmp_path / "mine.py").write_text(MINE)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def command(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Shoal:
+    """Run a command: exit code, output, errors."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["shoal", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        captured = capsys.readouterr()
+        return int(ended.value.code or 0), captured.out, captured.err
+
+    return run

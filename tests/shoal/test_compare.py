@@ -23,94 +23,13 @@ from rich.console import Console
 
 import shoal
 from shoal import Comparison, Experiment, FedAvg, FedProx, LocalTraining, Run, Scaffold, datasets
-from shoal.arms import labelled, parse, split, written
-from shoal.cli import main
+from shoal.arms import Arm, parse, read, split, written
 from shoal.comparing import _stoppable
 from shoal.grid import lay_out
 from shoal.protos.errors import ExperimentError, RunError
 from shoal.tally import Live
 
 Shoal = Callable[..., tuple[int, str, str]]
-
-EXPERIMENT = """
-name = "tiny"
-rounds = 3
-cohort = 3
-[data]
-name = "csv"
-path = "tiny.csv"
-label = "y"
-client = "site"
-test_fraction = 0.2
-[model]
-name = "linear"
-[local]
-lr = 0.1
-batch_size = 4
-"""
-
-MINE = """
-import os, signal
-from dataclasses import dataclass
-from pathlib import Path
-import shoal
-from shoal.strategies.fedavg import FedAvg
-
-@dataclass(frozen=True)
-class Mine(shoal.Strategy):
-    part: float = 1.0
-    citation = "none"
-    def local(self, trainer, sent, mine):
-        return trainer.run(sent.parameters), mine
-    def contribute(self, state, update, context):
-        return FedAvg().contribute(state, update, context)
-    def finish(self, state, total, context):
-        return FedAvg().finish(state, total, context)
-
-class Raises(Mine):
-    def finish(self, state, total, context):
-        raise KeyError("no such thing")
-
-class Dies(Mine):
-    def finish(self, state, total, context):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-class DiesOnce(Mine):
-    def finish(self, state, total, context):
-        if not Path("died").exists():
-            Path("died").touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().finish(state, total, context)
-"""
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, with ``tiny.toml``, ``tiny.csv`` and ``mine.py``."""
-    rng, rows = np.random.default_rng(0), ["a,b,y,site"]
-    for row in range(60):
-        x = rng.normal(size=2)
-        rows.append(f"{x[0]:.3f},{x[1]:.3f},{int(x[0] > x[1])},{'abcdef'[row % 6]}")
-    (tmp_path / "tiny.csv").write_text("\n".join(rows) + "\n")
-    (tmp_path / "tiny.toml").write_text(EXPERIMENT)
-    (tmp_path / "mine.py").write_text(MINE)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def command(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Shoal:
-    """Run a command: exit code, output, errors."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["shoal", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        captured = capsys.readouterr()
-        return int(ended.value.code or 0), captured.out, captured.err
-
-    return run
-
 
 # --- arms ------------------------------------------------------------------------------------------------------------
 
@@ -121,18 +40,18 @@ def test_arms_are_written_with_colons(folder: Path) -> None:
     assert split("fedavg, fedprox:mu=0.1,x:layers=[1,2]") == ["fedavg", "fedprox:mu=0.1", "x:layers=[1,2]"]
     assert parse("fedavg:weighting=uniform") == FedAvg(weighting="uniform")
     assert (type(mine).__name__, mine.part) == ("Mine", 0.5)  # type: ignore[attr-defined]
-    assert list(labelled([FedAvg(), mine])) == ["fedavg", "mine.py:Mine part=0.5"]
+    assert list(read([FedAvg(), mine])) == ["fedavg", "mine.py:Mine part=0.5"]
 
 
 def test_labels_hold_what_tells_arms_apart() -> None:
-    assert list(labelled([FedAvg(), FedProx(), Scaffold()])) == ["fedavg", "fedprox", "scaffold"]
-    assert list(labelled([FedProx(0.01), FedProx(0.1)])) == ["fedprox mu=0.01", "fedprox mu=0.1"]
-    assert list(labelled([FedProx(0.1, weighting="uniform")])) == ["fedprox mu=0.1 weighting=uniform"]
+    assert list(read([FedAvg(), FedProx(), Scaffold()])) == ["fedavg", "fedprox", "scaffold"]
+    assert list(read([FedProx(0.01), FedProx(0.1)])) == ["fedprox mu=0.01", "fedprox mu=0.1"]
+    assert list(read([FedProx(0.1, weighting="uniform")])) == ["fedprox mu=0.1 weighting=uniform"]
 
 
 @pytest.mark.parametrize("strategy", [FedAvg(weighting="uniform"), FedProx(mu=0.5), Scaffold(server_lr=0.7)])
 def test_what_is_written_is_read_again(strategy: shoal.Strategy) -> None:
-    assert parse(str(written(strategy))) == strategy
+    assert parse(str(written(Arm(strategy)))) == strategy
 
 
 # --- a comparison ----------------------------------------------------------------------------------------------------
@@ -158,15 +77,18 @@ def made(experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Co
     return shoal.compare(experiment, arms, seeds=2, target={"accuracy": 0.6}, out=out, workers=2, progress="none")
 
 
+def run_of(made: Comparison, arm: str, seed: int) -> Run:
+    return Run(made.cells.set_index(["arm", "seed"]).loc[(arm, seed), "path"])
+
+
 @pytest.mark.slow
 def test_the_folder_holds_everything(made: Comparison) -> None:
     kept = {path.name for path in made.path.iterdir() if path.name != ".lock"}
 
     assert made.path.name == "0001-title-script-alert-1-script--comparison"
-    assert kept == {"cells", "comparison.toml", "experiment.toml", "report.html", "summary.json", "table.csv"}
-    assert {path.name for path in (made.path / "cells").iterdir()} == {
-        "fedavg-seed5", "fedavg-seed6", "fedprox-mu=0.5-seed5", "fedprox-mu=0.5-seed6",
-    }  # fmt: skip
+    assert kept == {"comparison.toml", "experiment.toml", "report.html", "summary.json", "table.csv", "table.tex"}
+    assert {Path(path).parent for path in made.cells["path"]} == {made.path.parent / "cells"}
+    assert len(list((made.path.parent / "cells").iterdir())) == len(set(made.cells["path"])) == 4
     assert made.status == "finished" and made.problem == ""
     assert made.description["seeds"] == [5, 6] and made.description["engine"] == "lean"
     assert "command" not in made.description  # the data only exist in Python
@@ -191,8 +113,10 @@ def test_tables(made: Comparison) -> None:
 @pytest.mark.slow
 def test_a_cell_is_the_run_that_the_experiment_gives(made: Comparison, experiment: Experiment, tmp_path: Path) -> None:
     """Bit for bit: weights, and every number but the seconds."""
-    alone = replace(experiment, strategy=FedProx(mu=0.5), seed=6).simulate(workers=0, out=tmp_path, progress="none")
-    cell = Run(made.path / "cells" / "fedprox-mu=0.5-seed6")
+    alone = replace(experiment, strategy=FedProx(mu=0.5), seed=6).simulate(
+        engine="lean", workers=0, out=tmp_path, progress="none"
+    )
+    cell = run_of(made, "fedprox mu=0.5", 6)
 
     assert torch.equal(cell.parameters.trainable, alone.parameters.trainable)
     numbers = [run.metrics.drop(columns=["seconds", "train_seconds"]) for run in (cell, alone)]
@@ -202,8 +126,8 @@ def test_a_cell_is_the_run_that_the_experiment_gives(made: Comparison, experimen
 @pytest.mark.slow
 def test_the_cells_of_a_seed_are_paired(made: Comparison) -> None:
     """Same initial weights, same clients in every round with the same examples; under another seed others."""
-    first, second = (Run(made.path / "cells" / f"{arm}-seed5") for arm in ("fedavg", "fedprox-mu=0.5"))
-    other = Run(made.path / "cells" / "fedavg-seed6")
+    first, second = (run_of(made, arm, 5) for arm in ("fedavg", "fedprox mu=0.5"))
+    other = run_of(made, "fedavg", 6)
     tested, asked = ["test_loss", "test_accuracy"], ["round", "client", "examples", "steps"]
 
     assert first.metrics.loc[0, tested].tolist() == second.metrics.loc[0, tested].tolist()
@@ -233,8 +157,14 @@ def test_the_report_is_one_file(made: Comparison) -> None:
 
     assert page.found == [] and not {"link", "iframe", "img", "object"} & set(page.tags)
     assert not re.search(r"@import|url\(\s*['\"]?http", text.partition("<script>")[0])
-    assert text.count("Plotly.newPlot(") >= 4
-    for said in ("fedprox mu=0.5", "Too few seeds", "Accuracy on the test set over rounds", "torch ", "mu = 0.5"):
+    assert text.count("Plotly.newPlot(") >= 5
+    for said in (
+        "fedprox mu=0.5",
+        "No p-values: with 2 seeds",
+        "Accuracy on the test set over rounds",
+        "torch ",
+        "mu = 0.5",
+    ):
         assert said in text, said
 
 
@@ -259,15 +189,24 @@ def test_plots(made: Comparison) -> None:
 def test_a_live_line(experiment: Experiment) -> None:
     out = io.StringIO()
     live = Live(Console(file=out, force_terminal=True, width=200, highlight=False))
-    live.starting(Path("runs/0001-x"), lay_out(experiment, ["fedavg", "scaffold"], 2, None, 2))
+    live.starting(Path("runs/0001-x"), lay_out(experiment, ["fedavg", "scaffold"], 2, workers=2), 0)
     for name in ("fedavg, seed 5", "scaffold, seed 5", "fedavg, seed 6"):
         live.began(name)
-    live.ended({"arm": "fedavg", "seed": 5, "status": "finished", "seconds": 1.5, "last": {"test_accuracy": 0.5}})
-    live.ended({"arm": "fedavg", "seed": 6, "status": "failed", "reason": "[sic]", "traceback": ""})
+    live.ended(
+        {
+            "scenario": "",
+            "arm": "fedavg",
+            "seed": 5,
+            "status": "finished",
+            "seconds": 1.5,
+            "last": {"test_accuracy": 0.5},
+        }
+    )
+    live.ended({"scenario": "", "arm": "fedavg", "seed": 6, "status": "failed", "reason": "[sic]", "traceback": ""})
     live.close()
     shown = out.getvalue()
 
-    assert "fedavg · scaffold × seeds 5 to 6: 4 runs of 12 rounds" in shown and "engine lean, 2 worker" in shown
+    assert "fedavg · scaffold × seeds 5 to 6: 4 runs of 12 rounds" in shown and "engine lean, on 2 cores" in shown
     assert "cell 1/4  fedavg, seed 5  accuracy 0.5000  1.5 s" in shown
     assert "! fedavg, seed 6 failed: [sic]" in shown
     assert re.search(r"cells 2/4 .* scaffold, seed 5", shown)

@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from shoal import Experiment, datasets
+from shoal.compose import Composition
 from shoal.progress import Live, Opening, display
 from shoal.protos.errors import ExperimentError
 from shoal.protos.messages import Failure
@@ -50,8 +51,9 @@ def test_a_live_line(live: Live, out: io.StringIO) -> None:
         "total_variation": 0.5,
     }
     live.starting(Opening(Path("runs/0001-x"), two_clients(), 2, 1234, "lean", shards))
+    point = Composition(two_clients()).start()
     for number, accuracy in enumerate((0.1, 0.5, 0.9)):
-        live.on_round(Round(number, {"test_loss": 0.25, "test_accuracy": accuracy}))
+        live.on_round_end(Round(number, {"test_loss": 0.25, "test_accuracy": accuracy}), point)
     live.on_failure(Failure("a", 2, "client 'a' [sic] broke", "Traceback: [red]"))
     live.close()
     shown = out.getvalue()

@@ -27,6 +27,7 @@ from shoal import Client, Experiment, FedAvg, LocalTraining, Scaffold, Strategy,
 from shoal.compose import Composition
 from shoal.protos.errors import ExperimentError, RunError
 from shoal.protos.messages import Failure
+from shoal.server.callbacks import Callback
 from shoal.simulations.cluster import Cluster
 from shoal.simulations.crew import Died
 from shoal.simulations.engine import Assignment, Job, Result
@@ -79,18 +80,13 @@ class Struck(Client):
 
 
 @dataclass
-class Watch:
-    """An observer that keeps failures."""
+class Watch(Callback):
+    """Keeps failures."""
 
     failures: list[tuple[int, str, str]] = field(default_factory=list)
 
     def on_failure(self, failure: Failure) -> None:
         self.failures.append((failure.round, failure.client, failure.reason))
-
-    def on_round(self, *_: Any, **__: Any) -> None:
-        return
-
-    on_answers = on_evaluations = on_checkpoint = on_round
 
 
 def assignment(strategy: Strategy, client: Client | None = None, make: Callable[[], nn.Module] = model) -> Assignment:
