@@ -264,6 +264,32 @@ def split(
         print(line)
 
 
+flower_app = typer.Typer(no_args_is_help=True, help="Apps written for Flower.")
+app.add_typer(flower_app, name="flower")
+
+
+@flower_app.command("run")
+def flower_run(
+    path: Annotated[Path, typer.Argument(help="The folder of a Flower app, with its pyproject.toml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the app's run config: lr=0.1")
+    ] = None,
+    nodes: Annotated[int | None, typer.Option(help="Clients.", show_default="the pyproject's, or 2")] = None,
+    seed: Annotated[int, typer.Option(help="Of cohorts, and of what the app draws.")] = 0,
+    workers: Annotated[
+        int | None, typer.Option(help="Worker processes; 0: in this one.", show_default="one a core")
+    ] = None,
+    out: Out = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """Run a Flower app, as it is, with simulated clients."""
+    from shoal.flower import run
+
+    shown = "json" if as_json else "auto"
+    done = run(path, overrides or [], nodes=nodes, seed=seed, workers=workers, out=out, progress=shown)
+    raise typer.Exit(0 if done.status == "finished" else 130)
+
+
 @app.command()
 def resume(
     run: Annotated[Path, typer.Argument(help="A run folder, or runs/7 for runs/0007-name.")],

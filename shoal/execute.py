@@ -60,7 +60,7 @@ class Execution:
         folder.write("summary.json", {"status": "running", "name": experiment.name})
         try:
             size = point.layout.size(Segment.TRAINABLE)
-            opening = Opening(folder.path, experiment, self.population, size, self.engine, self.shards, point.round)
+            opening = Opening.of(folder.path, experiment, self.population, size, self.engine, self.shards, point.round)
             show.starting(opening)
             with closing(self.make_fleet()) as fleet:
                 fleet.keep_in(folder.path)

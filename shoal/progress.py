@@ -7,8 +7,8 @@ import math
 import os
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,22 +46,45 @@ SPARKS = "▁▂▃▄▅▆▇█"
 class Opening:
     """What there is to say before the first round, or the first after ``round``.
 
-    ``shards`` describes how the data lies, if that is known.
+    ``heading`` are the lines for people. ``rounds`` is 0 where nobody knows yet how many there will be. ``shards``
+    describes how the data lies, if that is known.
     """
 
     path: Path
-    experiment: Experiment
+    heading: Sequence[str]
+    rounds: int
     population: int
-    parameters: int
     engine: str
-    shards: Mapping[str, float]
+    shards: Mapping[str, float] = field(default_factory=dict)
     round: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        path: Path,
+        experiment: Experiment,
+        population: int,
+        parameters: int,
+        engine: str,
+        shards: Mapping[str, float],
+        round: int = 0,
+    ) -> Opening:
+        """That of an experiment, whose model has so many ``parameters``."""
+        e = experiment
+        clients = f"{population} clients, {e.cohort} a round · {e.rounds} rounds · seed {e.seed}"
+        heading = [
+            f"  {type(e.strategy).__name__} · {clients}",
+            *([f"  {on_shards(shards)}"] if shards else []),
+            f"  {on_training(e, parameters)}",
+        ]
+        return cls(path, heading, e.rounds, population, engine, shards, round)
 
 
 class Display(Callback, ABC):
     """A callback that shows a run to someone."""
 
     _shown: frozenset[str] = frozenset({""})
+    for_programs = False  # standard output is for programs: nobody else may print there
 
     @abstractmethod
     def starting(self, opening: Opening) -> None: ...
@@ -79,6 +102,10 @@ class Display(Callback, ABC):
     def on_run_end(self, point: Checkpoint) -> None:
         if point.stopped:
             self.note(f"stopped after round {point.round}: {point.stopped}")
+
+    def expecting(self, rounds: int) -> None:
+        """How many rounds there will be, where the opening did not know."""
+        return
 
     def planned(self, line: str) -> None:
         """How clients will be played, found by measuring."""
@@ -116,9 +143,12 @@ class Plain(Display):
         self._rounds = 0
 
     def starting(self, opening: Opening) -> None:
-        self._rounds = opening.experiment.rounds
-        for line in _heading(opening):
+        self._rounds = opening.rounds
+        for line in (f"shoal · {opening.path}", *opening.heading, f"  engine {opening.engine}"):
             self.console.print(line, markup=False)
+
+    def expecting(self, rounds: int) -> None:
+        self._rounds = rounds
 
     def planned(self, line: str) -> None:
         self.console.print(f"  measured  {line}", markup=False)
@@ -140,7 +170,7 @@ class Live(Plain):
         super().__init__(console)
         self._history: list[float] = []
         self._bar = Progress(
-            TextColumn("round {task.completed}/{task.total}"),
+            TextColumn("round {task.fields[at]}"),
             BarColumn(bar_width=24),
             TextColumn("{task.fields[numbers]}"),
             TextColumn("{task.fields[answers]}"),
@@ -153,10 +183,18 @@ class Live(Plain):
 
     def starting(self, opening: Opening) -> None:
         super().starting(opening)
+        at, total = self._at(opening.round), opening.rounds or None
         self._task = self._bar.add_task(
-            "rounds", total=opening.experiment.rounds, completed=opening.round, numbers="starting", answers=""
+            "rounds", total=total, completed=opening.round, at=at, numbers="starting", answers=""
         )
         self._bar.start()
+
+    def expecting(self, rounds: int) -> None:
+        super().expecting(rounds)
+        self._bar.update(self._task, total=rounds)
+
+    def _at(self, round: int) -> str:
+        return f"{round}/{self._rounds}" if self._rounds else str(round)
 
     def on_round_end(self, round: Round, point: Checkpoint) -> None:
         shown = {name: value for name, value in round.numbers.items() if name.startswith(("test_", "train_loss"))}
@@ -164,7 +202,8 @@ class Live(Plain):
         self._history += [] if main is None else [main]
         text = "  ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in shown.items())
         spark = _spark(self._history)
-        self._bar.update(self._task, completed=round.number, numbers=f"{escape(text)}  {spark}", answers="")
+        at = self._at(round.number)
+        self._bar.update(self._task, completed=round.number, at=at, numbers=f"{escape(text)}  {spark}", answers="")
 
     def on_answers(self, round: int, answered: int, asked: int) -> None:
         self._bar.update(self._task, answers=f"{answered}/{asked} answered" if answered < asked else "")
@@ -183,8 +222,13 @@ class Live(Plain):
 class Json(Display):
     """One JSON object a line on standard output, ``event`` first; failures too."""
 
+    for_programs = True
+
+    def __init__(self) -> None:
+        self._out = sys.stdout  # also while what a user's code prints goes elsewhere
+
     def _print(self, event: str, **fields: Any) -> None:
-        print(json.dumps(plain({"event": event, **fields})), flush=True)
+        print(json.dumps(plain({"event": event, **fields})), flush=True, file=self._out)
 
     def starting(self, opening: Opening) -> None:
         o = opening
@@ -193,7 +237,7 @@ class Json(Display):
             run=str(o.path),
             engine=o.engine,
             population=o.population,
-            rounds=o.experiment.rounds,
+            rounds=o.rounds,
             shards=o.shards,
         )
 
@@ -232,18 +276,6 @@ class Silent(Display):
         return
 
 
-def _heading(o: Opening) -> list[str]:
-    e = o.experiment
-    rounds = f"{o.population} clients, {e.cohort} a round · {e.rounds} rounds · seed {e.seed}"
-    return [
-        f"shoal · {o.path}",
-        f"  {type(e.strategy).__name__} · {rounds}",
-        *([f"  {on_shards(o.shards)}"] if o.shards else []),
-        f"  {on_training(e, o.parameters)}",
-        f"  engine {o.engine}",
-    ]
-
-
 def on_training(e: Experiment, parameters: int) -> str:
     """The model and how clients train it, in words."""
     model = e.model["name"] if isinstance(e.model, Mapping) else getattr(e.model, "__name__", type(e.model).__name__)
@@ -267,11 +299,12 @@ def on_shards(s: Mapping[str, float]) -> str:
 def _line(round: Round, rounds: int) -> str:
     shown = [(n, v) for n, v in round.numbers.items() if n == "train_loss" or _headline(n)]
     text = "  ".join(f"{name} {value:.4f}" for name, value in shown)
+    of = f"/{rounds}" if rounds else ""
     if round.number == 0:
-        return f"round 0/{rounds}  {text}"
+        return f"round 0{of}  {text}"
     numbers = round.numbers
     counted = f"{numbers['counted']:.0f}/{numbers['asked']:.0f} clients"
-    return f"round {round.number}/{rounds}  {counted}  {text}  {numbers['seconds']:.2f} s"
+    return f"round {round.number}{of}  {counted}  {text}  {numbers['seconds']:.2f} s"
 
 
 def _number(value: float | None) -> str:
@@ -320,4 +353,5 @@ def _print_summary(console: Console, run: Run) -> None:
     console.print(f"  {', '.join(spent)}", markup=False)
     console.print(f"  run     {run.path}", markup=False)
     if s["status"] != "finished":
-        console.print(f"  resume  shoal resume {run.path}", markup=False)
+        how = f"not possible: {s['no_resume']}" if s.get("no_resume") else f"shoal resume {run.path}"
+        console.print(f"  resume  {how}", markup=False)

@@ -142,7 +142,17 @@ def resume(
         if folder.has("comparison.toml"):
             raise RunError(f"{folder.path} is a comparison; the command that began it goes on with it")
         folder.claim()
+        if folder.has("summary.json") and "flower" in tomllib.loads((folder.path / "experiment.toml").read_text()):
+            return _resume_flower(folder, rounds, show)
         return _resume(folder, experiment, rounds, show)
+
+
+def _resume_flower(folder: RunFolder, rounds: int | None, show: Display) -> Run:
+    if rounds is not None:
+        raise RunError(f"the rounds of {folder.path} are its Flower app's own; start a new run with more of them")
+    from shoal.flower.running import resume  # flwr, which nothing else needs
+
+    return resume(folder, show)
 
 
 def _resume(folder: RunFolder, experiment: Experiment | None, rounds: int | None, show: Display) -> Run:

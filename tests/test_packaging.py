@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SETUPTOOLS = PROJECT["tool"]["setuptools"]
 FLOORS = {"protos": 0, "strategies": 1, "client": 2, "server": 2, "simulations": 3, "shoal": 4}
-MODULES = [(room, path) for room in FLOORS for path in sorted((ROOT / room).glob("*.py"))]
+MODULES = [(room, path) for room in FLOORS for path in sorted((ROOT / room).rglob("*.py"))]
 
 
 def rooms_imported(path: Path) -> set[str]:
@@ -65,7 +65,8 @@ def test_every_package_on_disk_is_listed() -> None:
 
 def test_every_module_is_type_checked() -> None:
     links = {path.name for path in (ROOT / ".types" / "shoal").iterdir()}
-    beside = {path.name for path in (ROOT / "shoal").iterdir() if path.suffix == ".py" or path.name == "py.typed"}
+    kept = [path for path in (ROOT / "shoal").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()]
+    beside = {path.name for path in kept} | {"py.typed"}
 
     assert links == beside | (FLOORS.keys() - {"shoal"})
 
@@ -101,6 +102,13 @@ def test_entry_points_lead_somewhere() -> None:
             assert callable(registry.load(group, name))
 
 
+def test_only_one_package_touches_flwr() -> None:
+    touches = re.compile(r"^\s*(?:import|from) flwr\b|import_module\(.flwr", re.MULTILINE)
+    for room, path in MODULES:
+        if "flower" not in path.relative_to(ROOT).parts:
+            assert not touches.search(path.read_text()), f"{room}: {path}"
+
+
 @pytest.mark.slow
 def test_import_shoal_is_light() -> None:
     assert not {"torch", "pandas", "flwr", "numpy"} & loaded_by("import shoal; dir(shoal)")
@@ -117,7 +125,7 @@ def test_help_is_light() -> None:
 
 @pytest.mark.slow
 def test_protos_and_run_reading_need_no_flwr() -> None:
-    loaded = loaded_by("import shoal.protos.codec, shoal.protos.experiment, shoal.protos.registry")
+    loaded = loaded_by("import shoal.protos.codec, shoal.protos.experiment, shoal.protos.registry, shoal.flower")
 
     assert not {"torch", "pandas", "flwr"} & loaded
     assert not {"flwr", "pandas"} & loaded_by("import shoal.client.participant")

@@ -32,7 +32,7 @@ def two_clients() -> Experiment:
 
 
 def test_what_a_server_waits_for(live: Live, out: io.StringIO) -> None:
-    live.starting(Opening(Path("runs/0001-x"), two_clients(), 2, 1234, "clients over gRPC", {}))
+    live.starting(Opening.of(Path("runs/0001-x"), two_clients(), 2, 1234, "clients over gRPC", {}))
     live.waiting(1, 2)
     live.on_answers(1, 1, 2)
     live.close()
@@ -50,7 +50,7 @@ def test_a_live_line(live: Live, out: io.StringIO) -> None:
         "classes_max": 2,
         "total_variation": 0.5,
     }
-    live.starting(Opening(Path("runs/0001-x"), two_clients(), 2, 1234, "lean", shards))
+    live.starting(Opening.of(Path("runs/0001-x"), two_clients(), 2, 1234, "lean", shards))
     point = Composition(two_clients()).start()
     for number, accuracy in enumerate((0.1, 0.5, 0.9)):
         live.on_round_end(Round(number, {"test_loss": 0.25, "test_accuracy": accuracy}), point)

@@ -1,0 +1,157 @@
+"""A Grid of our own: the nodes that an app's server sends to are clients that Shoal plays."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from flwr.app import Context, Message, RecordDict
+from flwr.serverapp import Grid
+
+from shoal.flower.compat import name_message
+from shoal.flower.ledger import Ledger
+from shoal.flower.stage import Stage
+from shoal.flower.turns import Answer, Turn
+from shoal.protos import seeds
+from shoal.protos.errors import RunError
+
+__all__ = ["Node", "ShoalGrid", "node_ids"]
+
+
+def node_ids(seed: int, nodes: int) -> list[int]:
+    """One for each client, the same for the same seed: which node is which client is not left to chance."""
+    return [seeds.integer(seed, "flower-node", client=str(client)) for client in range(nodes)]
+
+
+@dataclass
+class Node:
+    """One client: what it keeps, how many messages it has had, and those that wait for the one it is at."""
+
+    context: Context
+    turns: int = 0
+    waiting: deque[_Pending] = field(default_factory=deque)
+    busy: bool = False
+
+
+@dataclass(eq=False)
+class _Pending:
+    """A message on its way."""
+
+    message: Message
+    published: Any
+    round: int
+    client: str
+    answer: Future[Answer] = field(default_factory=Future)
+    playing: Future[Answer] | None = None
+
+
+class ShoalGrid(Grid):
+    """Sends to nodes on a :class:`~shoal.flower.stage.Stage`; replies come back in the order of their messages.
+
+    A node plays one message after the other, each with the state that the one before has left.
+    """
+
+    def __init__(self, run: Any, nodes: Sequence[Node], stage: Stage, ledger: Ledger, seed: int) -> None:
+        self._run, self._stage, self._ledger, self._seed = run, stage, ledger, seed
+        self.nodes = {node.context.node_id: node for node in nodes}
+        self._pending, self._lock, self._sent = dict[str, _Pending](), threading.RLock(), 0
+
+    def set_run(self, run: Any) -> None:
+        self._run = run
+
+    @property
+    def run(self) -> Any:
+        return self._run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self.nodes)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        messages, shared, names = list(messages), dict[int, Any](), list[str]()
+        for message in messages:
+            node = self._node(message)
+            if id(message.content) not in shared:
+                shared[id(message.content)] = self._stage.publish(message.content)
+            with self._lock:
+                self._sent += 1
+                names.append(f"{self._sent:x}")
+                name_message(message, names[-1])
+                round, client = self._ledger.ask(message)
+                pending = _Pending(message, shared[id(message.content)], round, client)
+                self._pending[names[-1]] = pending
+                node.waiting.append(pending)
+            self._next(node)
+        return names
+
+    def _node(self, message: Message) -> Node:
+        found = self.nodes.get(message.metadata.dst_node_id)
+        if found is None:
+            raise RunError(
+                f"a message goes to node {message.metadata.dst_node_id}, which does not exist; grid.get_node_ids() has "
+                f"those that do"
+            )
+        return found
+
+    def _next(self, node: Node) -> None:
+        """Let the node begin with what waits for it, unless it is busy."""
+        with self._lock:
+            if node.busy or not node.waiting:
+                return
+            node.busy, pending = True, node.waiting.popleft()
+            node.turns += 1
+            seed = seeds.integer(self._seed, "flower-client", node.turns, str(node.context.node_id))
+            turn = Turn(pending.message.metadata, _own(node.context), seed)
+        pending.playing = self._stage.submit(turn, pending.published)
+        pending.playing.add_done_callback(lambda playing: self._played(node, pending, playing))
+
+    def _played(self, node: Node, pending: _Pending, playing: Future[Answer]) -> None:
+        with self._lock:
+            node.busy = False
+            if not playing.cancelled():
+                answer = playing.result()
+                if answer.state is not None:
+                    node.context.state = answer.state
+                name_message(answer.reply, f"{pending.message.metadata.message_id}r")
+                self._ledger.answer(pending.round, pending.client, node.context.node_id, answer)
+                pending.answer.set_result(answer)
+        self._next(node)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        with self._lock:
+            done = [name for name in message_ids if name in self._pending and self._pending[name].answer.done()]
+            return [self._pending.pop(name).answer.result().reply for name in done]
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """Replies in the order of their messages; who has not answered in time is left out, and ended."""
+        names = list(self.push_messages(messages))
+        wait([self._pending[name].answer for name in names], timeout=timeout)
+        replies = list(self.pull_messages(names))
+        self._abandon([name for name in names if name in self._pending])
+        return replies
+
+    def _abandon(self, names: Sequence[str]) -> None:
+        """Nobody can ask for these replies any more."""
+        with self._lock:
+            late = [self._pending.pop(name) for name in names]
+            for pending in late:
+                node = self.nodes[pending.message.metadata.dst_node_id]
+                if pending in node.waiting:
+                    node.waiting.remove(pending)
+                self._ledger.miss(pending.round, pending.client, node.context.node_id)
+        playing = [pending.playing for pending in late if pending.playing is not None]
+        if playing:
+            self._stage.abandon(playing)
+
+
+def _own(context: Context) -> Context:
+    """For one turn: what an app writes into its configs does not stay."""
+    return replace(context, node_config=dict(context.node_config), run_config=dict(context.run_config))

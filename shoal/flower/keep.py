@@ -1,0 +1,128 @@
+"""What a Flower run keeps to go on with: records, arrays and plain values in one safetensors file.
+
+Arrays are its tensors; everything else is JSON in its header. Nothing is pickled, so a value of another kind is
+refused.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.serverapp.strategy import Strategy
+from safetensors import safe_open
+from safetensors.numpy import save
+
+from shoal.protos.errors import RunError
+from shoal.protos.files import write_whole
+
+__all__ = ["Unkeepable", "attributes", "read", "read_arrays", "restore", "write", "write_arrays"]
+
+RECORDS = {kind.__name__: kind for kind in (ArrayRecord, ConfigRecord, MetricRecord, RecordDict)}
+PLAIN = (bool, int, float, str, type(None))
+
+
+class Unkeepable(Exception):
+    """A value that cannot be kept: where it is, and what."""
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """Write a mapping whole or not at all; :class:`Unkeepable` names what cannot be written."""
+    tensors = dict[str, np.ndarray]()
+    header = json.dumps(_encoded(content, tensors, ""))
+    write_whole(path, [save(tensors, metadata={"content": header})])
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The inverse of :func:`write`; RunError if the file is damaged."""
+    try:
+        with safe_open(path, framework="np") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
+            return dict(_decoded(json.loads(file.metadata()["content"]), tensors))
+    except Exception as error:  # of a Rust library, too
+        raise RunError(f"{path} cannot be read ({error}); start the run anew") from error
+
+
+def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """A model's arrays under their own names, for whoever wants to use it."""
+    write_whole(path, [save({name: np.ascontiguousarray(array) for name, array in arrays.items()})])
+
+
+def read_arrays(run: str | Path) -> dict[str, np.ndarray]:
+    """The global model that a Flower run has left in its folder, by name; RunError if it left none."""
+    path = Path(run) / "arrays.safetensors"
+    if not path.is_file():
+        raise RunError(f"{run} holds no arrays; the run ended early, or its app does not say what its model is")
+    with safe_open(path, framework="np") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def attributes(strategy: Strategy) -> dict[str, Any]:
+    """What a strategy has in its attributes, those of a wrapped one too; functions, which the app gives again, not."""
+    found = dict[str, Any]()
+    for name, value in vars(strategy).items():
+        if isinstance(value, Strategy):
+            found[name] = attributes(value)
+        elif not callable(value) and not isinstance(value, ModuleType):
+            found[name] = value
+    return found
+
+
+def restore(strategy: Strategy, kept: dict[str, Any]) -> None:
+    """Give a strategy, made again by its app, the attributes it had."""
+    for name, value in kept.items():
+        inner = vars(strategy).get(name)
+        if isinstance(inner, Strategy):
+            restore(inner, value)
+        else:
+            setattr(strategy, name, value)
+
+
+def _encoded(value: Any, tensors: dict[str, np.ndarray], where: str) -> Any:
+    """As JSON: a plain value as it is, anything else as ``[kind, …]``; arrays go into ``tensors``."""
+    if isinstance(value, Array):
+        name = _put(np.frombuffer(value.data, dtype=np.uint8), tensors)
+        return ["Array", value.dtype, list(value.shape), value.stype, name]
+    if type(value).__name__ in RECORDS or type(value) is dict:
+        items = [[_encoded(k, tensors, where), _encoded(v, tensors, f"{where}.{k}")] for k, v in value.items()]
+        return [type(value).__name__, items]
+    if type(value) in (list, tuple):
+        return [type(value).__name__, [_encoded(v, tensors, f"{where}[{i}]") for i, v in enumerate(value)]]
+    if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biuf":
+        kind = "ndarray" if isinstance(value, np.ndarray) else "scalar"
+        return [kind, _put(np.ascontiguousarray(value).reshape(value.shape).copy(), tensors)]
+    if isinstance(value, bytes):
+        return ["bytes", base64.b64encode(value).decode()]
+    if type(value) in PLAIN:
+        return value
+    raise Unkeepable(f"{where.lstrip('.')} is a {type(value).__name__}")
+
+
+def _put(array: np.ndarray, tensors: dict[str, np.ndarray]) -> str:
+    name = str(len(tensors))
+    tensors[name] = array
+    return name
+
+
+def _decoded(value: Any, tensors: dict[str, np.ndarray]) -> Any:
+    if not isinstance(value, list):
+        return value
+    kind, *rest = value
+    if kind == "Array":
+        dtype, shape, stype, name = rest
+        return Array(dtype, tuple(shape), stype, tensors[name].tobytes())
+    if kind in ("ndarray", "scalar"):
+        return tensors[rest[0]] if kind == "ndarray" else tensors[rest[0]][()]
+    if kind == "bytes":
+        return base64.b64decode(rest[0])
+    if kind in ("list", "tuple"):
+        return {"list": list, "tuple": tuple}[kind](_decoded(item, tensors) for item in rest[0])
+    made: Any = {} if kind == "dict" else RECORDS[kind]()
+    for key, item in rest[0]:
+        made[_decoded(key, tensors)] = _decoded(item, tensors)
+    return made

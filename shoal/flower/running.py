@@ -1,0 +1,279 @@
+"""Running a Flower app on Shoal's processes: from the start, or from where an earlier run of it ended."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import platform
+import signal
+import sys
+import threading
+import time
+import tomllib
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from flwr.app import Context
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
+
+from shoal.client.process import cores
+from shoal.execute import versions
+from shoal.flower.app import FlowerApp, Scalar
+from shoal.flower.compat import SERVER, context, empty_run, identify, logging_to
+from shoal.flower.grid import Node, ShoalGrid, node_ids
+from shoal.flower.ledger import Ledger
+from shoal.flower.rounds import watched
+from shoal.flower.session import Session, read_point
+from shoal.flower.stage import InProcess, Stage, Workers
+from shoal.flower.turns import drawing_from
+from shoal.memory import memory_mb
+from shoal.progress import Display, Opening, display
+from shoal.protos import seeds
+from shoal.protos.errors import ExperimentError, RunError
+from shoal.run import Run, summarise
+from shoal.server.runs import RunFolder
+
+__all__ = ["resume", "run"]
+
+
+def run(
+    path: str | Path,
+    overrides: Sequence[str] | Mapping[str, Scalar] = (),
+    *,
+    nodes: int | None = None,
+    seed: int = 0,
+    workers: int | None = None,
+    out: str | Path = "runs",
+    progress: str = "auto",
+) -> Run:
+    """Run the Flower app in this folder with ``nodes`` clients (None: as many as its pyproject says, or Flower's 2).
+
+    ``overrides`` are ``"key=value"`` of its run config. ``workers`` processes play the clients (None: one a core, 0: in
+    this process, where a debugger sees them). The seed decides which node is which client, and what the app draws from
+    the global generators of Python, NumPy and PyTorch, whatever the number of workers.
+
+    ExperimentError if it is no app or cannot be loaded; RunError if its server fails, or nobody answers it.
+    """
+    app = FlowerApp.read(path, overrides)
+    play = Play(app, app.nodes if nodes is None else nodes, seed, cores() if workers is None else workers)
+    show = display(progress)
+    with play.ready() as (server, stage):
+        folder = RunFolder.create(Path(out), app.name)
+        with closing(folder):
+            folder.claim()
+            folder.write("experiment.toml", play.toml())
+            folder.write("env.json", play.environment())
+            return Execution(play, folder, show, server, stage).run(None)
+
+
+def resume(folder: RunFolder, show: Display) -> Run:
+    """Go on with a run that this process has claimed; RunError where its app does not allow it."""
+    summary = folder.read("summary.json")
+    if summary.get("status") == "finished":
+        raise RunError(f"{folder.path} has finished; start a new run of its app with another number of rounds")
+    if summary.get("no_resume"):
+        raise RunError(f"{folder.path} cannot be resumed: {summary['no_resume']}; start a new run")
+    point = read_point(folder.path)
+    if point is None:
+        raise RunError(f"{folder.path} ended before a round was kept; start a new run")
+    play = Play.read(folder)
+    if play.app.hash != folder.read("env.json")["app"]:
+        show.note(f"the files of {play.app.path} have changed since the run began")
+    with play.ready() as (server, stage):
+        folder.rewind(point["round"])
+        return Execution(play, folder, show, server, stage).run(point)
+
+
+@dataclass(frozen=True)
+class Play:
+    """What is to be run, and where."""
+
+    app: FlowerApp
+    nodes: int
+    seed: int
+    workers: int
+
+    def __post_init__(self) -> None:
+        if self.nodes < 1:
+            raise ExperimentError(f"nodes is {self.nodes}; an app needs at least one")
+        if self.workers < 0:
+            raise ExperimentError(f"workers is {self.workers}; it must be 0 (in this process) or more")
+
+    @property
+    def run_id(self) -> int:
+        return seeds.integer(self.seed, "flower-run")
+
+    @contextmanager
+    def ready(self) -> Iterator[tuple[ServerApp, Stage]]:
+        """Both apps loaded, and what plays the clients; while it lasts, random draws are the seed's."""
+        with ExitStack() as stack:
+            stack.enter_context(self.app.importable())
+            stack.enter_context(drawing_from(seeds.integer(self.seed, "flower-server")))
+            identify(self.run_id)
+            server = self.app.load(self.app.server, ServerApp)
+            if self.workers:
+                stage: Stage = Workers(self.app, self.run_id, min(self.workers, self.nodes))
+            else:
+                stage = InProcess(self.app.load(self.app.client, ClientApp))
+            yield server, stack.enter_context(closing(stage))
+
+    def contexts(self) -> list[Context]:
+        """A node's, for each client."""
+        shared = dict(self.app.config)
+        return [
+            context(self.run_id, node, {"partition-id": i, "num-partitions": self.nodes}, shared)
+            for i, node in enumerate(node_ids(self.seed, self.nodes))
+        ]
+
+    def toml(self) -> str:
+        """The run as its folder describes it."""
+        app = self.app
+        flower = {"app": str(app.path), "nodes": self.nodes, "workers": self.workers, "config": dict(app.config)}
+        return tomli_w.dumps({"name": app.name, "seed": self.seed, "flower": flower})
+
+    @classmethod
+    def read(cls, folder: RunFolder) -> Play:
+        """The inverse of :meth:`toml`, with the app as it is now."""
+        kept = tomllib.loads((folder.path / "experiment.toml").read_text(encoding="utf-8"))
+        flower = kept["flower"]
+        return cls(FlowerApp.read(flower["app"], flower["config"]), flower["nodes"], kept["seed"], flower["workers"])
+
+    def environment(self) -> dict[str, Any]:
+        """What ``env.json`` says."""
+        return {
+            "engine": str(self),
+            "versions": versions() | {"flwr": version("flwr")},
+            "platform": platform.platform(),
+            "cores": os.cpu_count(),
+            "command": sys.argv,
+            "population": self.nodes,
+            "app": self.app.hash,
+        }
+
+    def __str__(self) -> str:
+        where = f"{min(self.workers, self.nodes)} worker processes" if self.workers else "this process"
+        return f"Flower apps in {where}"
+
+
+@dataclass
+class Execution:
+    """One run of an app, from a point (None: the start) on."""
+
+    play: Play
+    folder: RunFolder
+    show: Display
+    server: ServerApp
+    stage: Stage
+    _began: float = field(default_factory=time.perf_counter)
+
+    def run(self, point: dict[str, Any] | None) -> Run:
+        nodes = [Node(context) for context in self.play.contexts()]
+        session = Session(self.folder, nodes, self.show, point)
+        names = {node.context.node_id: str(node.context.node_config["partition-id"]) for node in nodes}
+        ledger = Ledger([self.folder, self.show], names, session.round + 1)
+        grid = ShoalGrid(self._run(), nodes, self.stage, ledger, self.play.seed)
+        status, problem = "failed", ""
+        self.folder.write("summary.json", {"status": "running", "name": self.play.app.name})
+        try:
+            self.show.starting(self._opening(session.round))
+            with self._surroundings(), watched(grid, ledger, session):
+                self._serve(grid)
+            ledger.close()
+            _check_answered(ledger)
+            status = "finished"
+        except KeyboardInterrupt:
+            status = "interrupted"
+        except RunError as error:
+            problem = str(error)
+            raise
+        finally:
+            self._end(session, status, problem)
+        return Run(self.folder.path)
+
+    def _serve(self, grid: ShoalGrid) -> None:
+        """The app's own server, whose errors become one of ours."""
+        app = self.play.app
+        about = context(self.play.run_id, SERVER, {}, dict(app.config))
+        try:
+            self.server(grid=grid, context=about)
+        except RunError:
+            raise
+        except (Exception, SystemExit) as error:
+            if isinstance(error, SystemExit) and not error.code:
+                return
+            shown = "".join(traceback.format_exception(error))
+            self.folder.log("the ServerApp failed", reason=str(error), traceback=shown)
+            self.show.note(shown.rstrip())
+            raise RunError(f"the ServerApp of {app.name} raised {type(error).__name__}: {error}") from error
+
+    def _run(self) -> Any:
+        return empty_run(self.play.run_id, self.play.app.name, self.play.app.version)
+
+    def _opening(self, done: int) -> Opening:
+        play = self.play
+        config = "  ".join(f"{key} {value}" for key, value in play.app.config.items())
+        heading = [f"  Flower app {play.app.name} {play.app.version} · {play.nodes} nodes · seed {play.seed}"]
+        return Opening(self.folder.path, [*heading, f"  {config}"], 0, play.nodes, str(play), round=done)
+
+    @contextmanager
+    def _surroundings(self) -> Iterator[None]:
+        """What the app prints is no part of our output; what flwr logs goes to a file, its warnings to the user too."""
+        with ExitStack() as stack:
+            handler = stack.enter_context(closing(_Log(self.folder.path / "flower.log", self.show)))
+            stack.enter_context(logging_to(handler))
+            if self.show.for_programs:
+                stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+            stack.enter_context(_terminable())
+            yield
+
+    def _end(self, session: Session, status: str, problem: str) -> None:
+        session.end()
+        ended = {"status": status, "name": self.play.app.name, "wall_seconds": time.perf_counter() - self._began}
+        ended |= {"memory_mb": memory_mb(), "flower": True}
+        ended |= {"problem": problem} if problem else {}
+        ended |= {"no_resume": session.no_resume} if session.no_resume else {}
+        self.folder.write("summary.json", summarise(self.folder, {}) | ended)
+        self.show.close()
+        if status != "failed":
+            self.show.finished(Run(self.folder.path))
+
+
+def _check_answered(ledger: Ledger) -> None:
+    for kind, asked in ledger.asked.items():
+        if not ledger.answered[kind]:
+            raise RunError(f"none of the {asked} {kind} messages was answered; see the failures in the run folder")
+
+
+class _Log(logging.FileHandler):
+    """Everything into a file; warnings also to whoever watches."""
+
+    def __init__(self, path: Path, show: Display) -> None:
+        super().__init__(path, encoding="utf-8")
+        self._show = show
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        super().emit(record)
+        if record.levelno >= logging.WARNING:
+            self._show.note(f"flwr: {record.getMessage().strip()}")
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends a run as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,134 @@
+"""What becomes of one app's run: its point, kept from time to time, and what is written when it ends."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.app import ArrayRecord
+from flwr.serverapp.strategy import Result, Strategy
+
+from shoal.flower.grid import Node
+from shoal.flower.keep import Unkeepable, attributes, read, restore, write, write_arrays
+from shoal.progress import Display
+from shoal.protos.errors import RunError
+from shoal.server.runs import RunFolder
+
+__all__ = ["POINT", "Session", "random_states", "restore_random"]
+
+POINT = "point.safetensors"  # in the run folder
+EVERY = 10  # rounds between two points; the last whole round is kept too, however a run ends
+METRICS = ("train_metrics_clientapp", "evaluate_metrics_clientapp", "evaluate_metrics_serverapp")
+
+
+class Session:
+    """Keeps an app's rounds; see :class:`~shoal.flower.rounds.Keeper`.
+
+    ``no_resume`` says why the run cannot be resumed, if so.
+    """
+
+    def __init__(self, folder: RunFolder, nodes: Sequence[Node], show: Display, point: dict[str, Any] | None) -> None:
+        self._folder, self._nodes, self._show, self._point = folder, nodes, show, point
+        self._last: dict[str, Any] | None = point
+        self._model: dict[str, np.ndarray] | None = None
+        self._written = 0 if point is None else int(point["round"])
+        self.no_resume = "the app's server has a loop of its own, not Strategy.start of Flower's message API"
+        if point is not None:
+            _set_nodes(nodes, point["nodes"])
+
+    @property
+    def round(self) -> int:
+        """The last whole round."""
+        return 0 if self._last is None else int(self._last["round"])
+
+    def begin(self, strategy: Strategy, arrays: ArrayRecord, rounds: int) -> tuple[int, ArrayRecord, Result]:
+        self._show.expecting(rounds)
+        self.no_resume = ""
+        point, self._point = self._point, None  # an app that runs a second strategy begins it anew
+        result = Result()
+        if point is None:
+            return 0, arrays, result
+        if point["strategy"] != type(strategy).__name__:
+            raise RunError(f"the run's strategy was {point['strategy']}, the app's is now {type(strategy).__name__}")
+        restore(strategy, point["attributes"])
+        for name in METRICS:
+            getattr(result, name).update(point[name])
+        result.arrays = point["arrays"]
+        restore_random(point["random"])
+        self._folder.log("resumed", round=point["round"])
+        return int(point["round"]), point["arrays"], result
+
+    def keep(self, round: int, strategy: Strategy, arrays: ArrayRecord, result: Result) -> None:
+        self._last = {
+            "round": round,
+            "strategy": type(strategy).__name__,
+            "attributes": attributes(strategy),
+            "arrays": arrays,
+            "nodes": [[node.turns, node.context.state] for node in self._nodes],
+            "random": random_states(),
+            **{name: dict(getattr(result, name)) for name in METRICS},
+        }
+        if not self.no_resume and round % EVERY == 0:
+            self._write()
+
+    def arrays(self, arrays: dict[str, np.ndarray]) -> None:
+        self._model = arrays
+
+    def plan(self, rounds: int) -> None:
+        self._show.expecting(rounds)
+
+    def refuse(self, why: str) -> None:
+        self.no_resume = why
+
+    def end(self) -> None:
+        """Write the last whole round, and the model where it is known."""
+        if self._last is not None:
+            self._model = {name: array.numpy() for name, array in self._last["arrays"].items()}
+            if self._last["round"] != self._written and not self.no_resume:
+                self._write()
+        if self._model is not None:
+            write_arrays(self._folder.path / "arrays.safetensors", self._model)
+
+    def _write(self) -> None:
+        assert self._last is not None
+        try:
+            write(self._folder.path / POINT, self._last)
+            self._written = self._last["round"]
+        except Unkeepable as error:
+            self.no_resume = f"its strategy keeps what Shoal cannot write down: {error}"
+
+
+def _set_nodes(nodes: Sequence[Node], kept: Sequence[Any]) -> None:
+    for node, (turns, state) in zip(nodes, kept, strict=True):
+        node.turns, node.context.state = turns, state
+
+
+def random_states() -> dict[str, Any]:
+    """Of the global generators that an app's server may draw from."""
+    version, internal, gauss = random.getstate()
+    kind, keys, *rest = np.random.get_state()
+    torch = sys.modules.get("torch")
+    return {
+        "python": [version, list(internal), gauss],
+        "numpy": [kind, keys, *rest],
+        "torch": None if torch is None else torch.get_rng_state().numpy(),
+    }
+
+
+def restore_random(kept: dict[str, Any]) -> None:
+    """The inverse of :func:`random_states`."""
+    version, internal, gauss = kept["python"]
+    random.setstate((version, tuple(internal), gauss))
+    np.random.set_state(tuple(kept["numpy"]))
+    if kept["torch"] is not None and "torch" in sys.modules:
+        torch = sys.modules["torch"]
+        torch.set_rng_state(torch.from_numpy(kept["torch"]))
+
+
+def read_point(path: Path) -> dict[str, Any] | None:
+    """The point that a run has kept; None if there is none."""
+    return read(path / POINT) if (path / POINT).exists() else None

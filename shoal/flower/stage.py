@@ -1,0 +1,155 @@
+"""Where ClientApps play: in this process, one message after the other, or in worker processes.
+
+In this process breakpoints work. In workers an app that ends or hangs takes nobody along: its process is replaced.
+"""
+
+from __future__ import annotations
+
+import pickle
+import threading
+from collections.abc import Collection
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from flwr.app import RecordDict
+from flwr.clientapp import ClientApp
+
+from shoal.flower.app import FlowerApp
+from shoal.flower.compat import CRASHED, message_from
+from shoal.flower.turns import Answer, Turn, copied, drawing_from, failed, play
+from shoal.simulations.crew import Crew, Died
+from shoal.simulations.packing import pack
+from shoal.simulations.shared import SharedBlock
+
+__all__ = ["InProcess", "Order", "Stage", "Workers"]
+
+
+class Stage(Protocol):
+    """Takes turns, gives answers."""
+
+    workers: int
+
+    def publish(self, content: RecordDict) -> Any:
+        """What :meth:`submit` takes for this content, made once for all who are sent the same."""
+        ...
+
+    def submit(self, turn: Turn, published: Any) -> Future[Answer]:
+        """The answer to come; the future is cancelled if it was abandoned."""
+        ...
+
+    def abandon(self, futures: Collection[Future[Answer]]) -> None:
+        """Nobody wants these answers any more."""
+        ...
+
+    def close(self) -> None:
+        """Release processes and memory; may be called twice."""
+        ...
+
+
+class InProcess:
+    """Plays each turn when it is submitted; the caller's random generators come back as they were."""
+
+    workers = 0
+
+    def __init__(self, app: ClientApp) -> None:
+        self._app, self._playing = app, threading.RLock()  # a legacy server asks from many threads
+
+    def publish(self, content: RecordDict) -> RecordDict:
+        return content
+
+    def submit(self, turn: Turn, published: RecordDict) -> Future[Answer]:
+        future = Future[Answer]()
+        own = replace(turn, context=replace(turn.context, state=copied(turn.context.state)))
+        with self._playing, drawing_from(turn.seed):
+            answer = play(self._app, own, copied(published))
+        future.set_result(answer)
+        return future
+
+    def abandon(self, futures: Collection[Future[Answer]]) -> None:
+        """There are none: a turn is over before :meth:`submit` returns."""
+
+    def close(self) -> None:
+        return
+
+
+@dataclass(frozen=True)
+class Order:
+    """A turn, and where its pickled content lies: what many are sent is written once."""
+
+    turn: Turn
+    content: SharedBlock
+
+
+class Workers:
+    """``workers`` processes, each with the app of this folder, or with this ClientApp, by value."""
+
+    def __init__(self, app: FlowerApp | ClientApp, run_id: int, workers: int) -> None:
+        packed, self._data = pack((app, run_id))
+        self._calls, self._changing = dict[Future[Answer], Future[Any]](), threading.RLock()
+        self._bystanders = set[Future[Answer]]()
+        self.workers = workers
+        try:
+            self._crew = Crew("shoal.flower.worker", packed, workers)
+        except BaseException:
+            self._data.close()
+            raise
+
+    def publish(self, content: RecordDict) -> SharedBlock:
+        pickled = torch.frombuffer(bytearray(pickle.dumps(content, protocol=5)), dtype=torch.uint8)
+        return SharedBlock.of({"pickled": pickled})
+
+    def submit(self, turn: Turn, published: SharedBlock) -> Future[Answer]:
+        future = Future[Answer]()
+        self._begin(Order(turn, published), future)
+        return future
+
+    def _begin(self, order: Order, future: Future[Answer]) -> None:
+        def done(call: Future[Any]) -> None:
+            if call.cancelled():
+                return  # abandoned, or the crew is closing
+            found = call.exception() or call.result()
+            answer = _opened(found, order.turn)
+            with self._changing:  # or the future might be abandoned in between
+                again = future in self._bystanders and isinstance(found, Died)
+                self._bystanders.discard(future)
+                if not again and not future.cancelled():
+                    future.set_result(answer)
+            if again:
+                self._begin(order, future)
+
+        with self._changing:
+            call = self._calls[future] = self._crew.submit(order)
+        call.add_done_callback(done)
+
+    def abandon(self, futures: Collection[Future[Answer]]) -> None:
+        """End the processes that are busy with them; what else these were doing begins again."""
+        with self._changing:
+            self._calls = {future: call for future, call in self._calls.items() if not future.done()}
+            for future in futures:
+                future.cancel()
+                if future in self._calls:
+                    self._calls[future].cancel()
+            left = [call for future, call in self._calls.items() if future.cancelled() and not call.done()]
+            if left:
+                self._bystanders.update(f for f, call in self._calls.items() if not f.done() and call.running())
+                self._crew.kill_busy()
+
+    def close(self) -> None:
+        self._crew.close()
+        self._data.close()
+
+
+def _opened(found: Any, turn: Turn) -> Answer:
+    """The answer in what a worker has given back, be it none."""
+    message = message_from(turn.metadata, content=RecordDict())
+    if isinstance(found, Died | Exception):
+        reason = f"its process was lost ({found.reason if isinstance(found, Died) else found})"
+        return failed(message, reason, reason, code=CRASHED)
+    try:
+        answer: Answer = pickle.loads(found)  # of a process of our own
+    except Exception as error:
+        reason = f"its reply cannot be taken out of its process ({type(error).__name__}: {error})"
+        return failed(message, reason, reason)
+    return answer

@@ -1,0 +1,147 @@
+"""One message played by a ClientApp, alike in this process and in a worker.
+
+Whatever the app does, there is an answer: a reply that a strategy can take, or an error with the app's traceback.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from shoal.flower.compat import APP_RAISED, message_from
+
+__all__ = ["Answer", "Turn", "copied", "drawing_from", "play"]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one node is asked: the message without its content, the node's context, a seed for what the app draws."""
+
+    metadata: Any
+    context: Context
+    seed: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A node's reply and its state afterwards; ``reason`` says what went wrong, if something did.
+
+    Of a node that failed the state is that from before.
+    """
+
+    reply: Message
+    state: RecordDict | None = None
+    reason: str = ""
+    traceback: str = ""
+
+
+def play(app: ClientApp, turn: Turn, content: RecordDict) -> Answer:
+    """Let the app answer; ``content`` and the context are this call's own."""
+    message = message_from(turn.metadata, content=content)
+    fixed = dict(turn.context.run_config)
+    try:
+        reply = app(message, turn.context)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit too: an app must not end the process that plays others
+        shown = "".join(traceback.format_exception(error))
+        return failed(message, f"{type(error)}:<'{error}'>", f"{type(error).__name__}: {error}", shown)
+    wrong = _wrong(reply, message) or (
+        "the ClientApp changed the run config" if turn.context.run_config != fixed else ""
+    )
+    if wrong:
+        return failed(message, wrong, wrong)
+    return Answer(reply, turn.context.state)
+
+
+def failed(message: Message, told: str, reason: str, shown: str = "", code: int = APP_RAISED) -> Answer:
+    """The answer of a node that has none: its strategy is ``told`` an error, in Flower's form."""
+    return Answer(Message(Error(code=code, reason=told), reply_to=message), None, reason, shown)
+
+
+def _wrong(reply: object, message: Message) -> str:
+    """Why a reply must not reach the strategy; empty if it may."""
+    if not isinstance(reply, Message):
+        return f"the ClientApp returned a {type(reply).__name__}, not a Message"
+    if reply.metadata.reply_to_message_id != message.metadata.message_id:
+        return "the ClientApp returned a message that is no reply to the one it was sent (reply_to=)"
+    if reply.has_error():
+        return ""
+    if not isinstance(reply.content, RecordDict):
+        return f"the ClientApp's reply holds a {type(reply.content).__name__}, not a RecordDict"
+    training = message.metadata.message_type.partition(".")[0] == "train"
+    for record, arrays in reply.content.array_records.items():
+        for name, array in arrays.items():
+            try:
+                value = array.numpy()
+            except Exception as error:
+                return f"array {name!r} of the reply's {record!r} cannot be read ({error})"
+            if training and value.dtype.kind == "f" and not np.isfinite(value).all():
+                return f"array {name!r} of the reply's {record!r} is not finite: training diverged; lower its step"
+    return ""
+
+
+def copied(content: RecordDict) -> RecordDict:
+    """The same records in containers of their own; arrays, whose bytes nobody can change, are shared."""
+    copy = RecordDict()
+    for name, record in content.items():
+        fresh: Any = type(record)()
+        for key, value in record.items():
+            fresh[key] = list(value) if isinstance(value, list) else value
+        copy[name] = fresh
+    return copy
+
+
+def size(content: RecordDict) -> int:
+    """Bytes of the arrays in it."""
+    return sum(len(array.data) for arrays in content.array_records.values() for array in arrays.values())
+
+
+def round_in(content: RecordDict) -> int | None:
+    """The round that a message names in its config, as Flower's strategies do."""
+    for record in content.values():
+        if isinstance(record, ConfigRecord):
+            for key in ("server-round", "server_round"):
+                found = record.get(key)
+                if isinstance(found, int):
+                    return found
+    return None
+
+
+def seed_all(seed: int) -> None:
+    """Python's, NumPy's and, where it is loaded, PyTorch's global generator."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    if "torch" in sys.modules:
+        sys.modules["torch"].default_generator.manual_seed(seed)
+
+
+@contextmanager
+def drawing_from(seed: int) -> Iterator[None]:
+    """Global generators seeded for one turn, and back as they were afterwards."""
+    torch = sys.modules.get("torch")
+    before = random.getstate(), np.random.get_state(), None if torch is None else torch.get_rng_state()
+    seed_all(seed)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        if torch is not None:
+            torch.set_rng_state(before[2])
+
+
+def array_record(arrays: dict[str, np.ndarray]) -> ArrayRecord:
+    """Arrays by name as a record; ``ArrayRecord`` itself takes lists or PyTorch's."""
+    from flwr.app import Array
+
+    return ArrayRecord({name: Array(array) for name, array in arrays.items()})
