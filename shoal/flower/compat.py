@@ -10,11 +10,6 @@ from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
 
-check_version()
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # its command line warns of click's future at import
-
 __all__ = [
     "APP_RAISED",
     "CRASHED",

@@ -76,21 +76,22 @@ class ShoalGrid(Grid):
         return list(self.nodes)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        messages, shared, names = list(messages), dict[int, Any](), list[str]()
+        messages, published = list(messages), dict[int, Any]()
+        nodes = [self._node(message) for message in messages]
         for message in messages:
-            node = self._node(message)
-            if id(message.content) not in shared:
-                shared[id(message.content)] = self._stage.publish(message.content)
-            with self._lock:
+            if id(message.content) not in published:
+                published[id(message.content)] = self._stage.publish(message.content)
+        sent = list[_Pending]()
+        with self._lock:
+            for message, node, (round, client) in zip(messages, nodes, self._ledger.ask(messages), strict=True):
                 self._sent += 1
-                names.append(f"{self._sent:x}")
-                name_message(message, names[-1])
-                round, client = self._ledger.ask(message)
-                pending = _Pending(message, shared[id(message.content)], round, client)
-                self._pending[names[-1]] = pending
-                node.waiting.append(pending)
+                name_message(message, f"{self._sent:x}")
+                sent.append(_Pending(message, published[id(message.content)], round, client))
+                self._pending[sent[-1].message.metadata.message_id] = sent[-1]
+                node.waiting.append(sent[-1])
+        for node in nodes:
             self._next(node)
-        return names
+        return [pending.message.metadata.message_id for pending in sent]
 
     def _node(self, message: Message) -> Node:
         found = self.nodes.get(message.metadata.dst_node_id)

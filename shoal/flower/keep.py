@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,7 +22,7 @@ from safetensors.numpy import save
 from shoal.protos.errors import RunError
 from shoal.protos.files import write_whole
 
-__all__ = ["Unkeepable", "attributes", "read", "read_arrays", "restore", "write", "write_arrays"]
+__all__ = ["Kept", "Unkeepable", "attributes", "read", "read_arrays", "restore", "write_arrays"]
 
 RECORDS = {kind.__name__: kind for kind in (ArrayRecord, ConfigRecord, MetricRecord, RecordDict)}
 PLAIN = (bool, int, float, str, type(None))
@@ -31,15 +32,26 @@ class Unkeepable(Exception):
     """A value that cannot be kept: where it is, and what."""
 
 
-def write(path: Path, content: dict[str, Any]) -> None:
-    """Write a mapping whole or not at all; :class:`Unkeepable` names what cannot be written."""
-    tensors = dict[str, np.ndarray]()
-    header = json.dumps(_encoded(content, tensors, ""))
-    write_whole(path, [save(tensors, metadata={"content": header})])
+@dataclass(frozen=True)
+class Kept:
+    """A mapping as it was at one time: whatever becomes of its lists and arrays."""
+
+    header: str
+    tensors: dict[str, np.ndarray]
+
+    @classmethod
+    def of(cls, content: dict[str, Any]) -> Kept:
+        """:class:`Unkeepable` names what cannot be written."""
+        tensors = dict[str, np.ndarray]()
+        return cls(json.dumps(_encoded(content, tensors, "")), tensors)
+
+    def write(self, path: Path) -> None:
+        """Whole or not at all."""
+        write_whole(path, [save(self.tensors, metadata={"content": self.header})])
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The inverse of :func:`write`; RunError if the file is damaged."""
+    """The content of what :class:`Kept` has written; RunError if the file is damaged."""
     try:
         with safe_open(path, framework="np") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flwr.app import Message, MetricRecord, RecordDict
@@ -31,22 +31,23 @@ class Ledger:
         self._offset = 0
         self._round = _Open(first)
 
-    def ask(self, message: Message) -> tuple[int, str]:
-        """A message goes out: its round and its client."""
+    def ask(self, messages: Sequence[Message]) -> list[tuple[int, str]]:
+        """Messages go out together: the round and the client of each."""
         with self._lock:
-            kind = message.metadata.message_type.partition(".")[0]
-            self._turn_to(message, kind)
-            self._round.ask(kind, message)
-            self.asked[kind] += 1
-            return self._round.number, self._names[message.metadata.dst_node_id]
+            if messages:
+                self._turn_to(messages[0])
+            for message in messages:
+                self._round.ask(_kind(message), message)
+                self.asked[_kind(message)] += 1
+            return [(self._round.number, self._names[message.metadata.dst_node_id]) for message in messages]
 
-    def _turn_to(self, message: Message, kind: str) -> None:
-        named, now = _named(message), self._round.number
+    def _turn_to(self, message: Message) -> None:
+        named, now, kind = _named(message), self._round.number, _kind(message)
         if not named:  # also round 0, in which a legacy server asks for the initial model
             wanted = now + 1 if kind == "train" and self._round.answered.get("train") else now
         else:
             if named + self._offset < now:  # the app begins to count anew
-                self._offset = now + 1 - named
+                self._offset = now + bool(self._round.asked) - named
             wanted = named + self._offset
         if wanted != now:
             self.close()
@@ -56,7 +57,7 @@ class Ledger:
         """An answer came in; one that comes after its round is counted, and its failure told, all the same."""
         with self._lock:
             if not answer.reason:
-                self.answered[answer.reply.metadata.message_type.partition(".")[0]] += 1
+                self.answered[_kind(answer.reply)] += 1
                 report = self._round.answer(client, answer) if number == self._round.number else None
                 if report is not None:
                     self._tell_answers()
@@ -131,11 +132,11 @@ class _Open:
         self.down += self._sizes[id(content)][1]
 
     def answer(self, client: str, answer: Answer) -> Report:
-        metadata, content = answer.reply.metadata, answer.reply.content
+        content = answer.reply.content
         up = size(content)
         self.up += up
         report = Report(client, {**numbers_of(content), "bytes_up": float(up)})
-        self.answered.setdefault(metadata.message_type.partition(".")[0], []).append(report)
+        self.answered.setdefault(_kind(answer.reply), []).append(report)
         return report
 
     def finished(self) -> Round:
@@ -155,6 +156,11 @@ class _Open:
 def _in_order(reports: list[Report]) -> list[Report]:
     """Of the clients, not of their answers."""
     return sorted(reports, key=lambda report: int(report.client))
+
+
+def _kind(message: Message) -> str:
+    """``train``, ``evaluate``, ``query``, or what a legacy server asks."""
+    return str(message.metadata.message_type).partition(".")[0]
 
 
 def _named(message: Message) -> int | None:

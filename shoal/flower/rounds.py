@@ -8,7 +8,7 @@ watched.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -62,12 +62,14 @@ def watched(grid: Grid, ledger: Ledger, keeper: Keeper) -> Iterator[None]:
             return start(self, *args, **kwargs)
         return _start(ledger, keeper, self, *args, **kwargs)
 
+    order = {str(node): position for position, node in enumerate(grid.get_node_ids())}
+
     def fitting(self: Server, num_rounds: int, timeout: float | None) -> Any:
-        _watch_legacy(self.strategy, ledger, keeper, num_rounds)
+        _watch_legacy(self.strategy, ledger, keeper, num_rounds, order)
         return fit(self, num_rounds, timeout)
 
     def working(self: DefaultWorkflow, grid: Grid, context: Any) -> None:
-        _watch_legacy(context.strategy, ledger, keeper, context.config.num_rounds)
+        _watch_legacy(context.strategy, ledger, keeper, context.config.num_rounds, order)
         workflow(self, grid, context)
 
     Strategy.start, Server.fit, DefaultWorkflow.__call__ = starting, fitting, working  # type: ignore[method-assign]
@@ -129,21 +131,28 @@ def _evaluate(ledger: Ledger, evaluate: Evaluate | None, number: int, arrays: Ar
     (ledger.note if number else ledger.initial)(numbers_of(found, "test_"))
 
 
-def _watch_legacy(strategy: Any, ledger: Ledger, keeper: Keeper, rounds: int) -> None:
-    """Tell what a strategy of ``flwr.server.strategy`` works out."""
+def _watch_legacy(strategy: Any, ledger: Ledger, keeper: Keeper, rounds: int, order: Mapping[str, int]) -> None:
+    """Tell what a strategy of ``flwr.server.strategy`` works out.
+
+    The legacy server gives it results as threads have ended; here they come in the ``order`` of the nodes, so that
+    sums are the same each time.
+    """
     keeper.plan(rounds)
     keeper.refuse("the app runs Flower's legacy server, whose loop begins with round 1")
     fit, measure, central = strategy.aggregate_fit, strategy.aggregate_evaluate, strategy.evaluate
 
+    def in_order(results: Any) -> Any:
+        return sorted(results, key=lambda result: order.get(result[0].cid, -1))
+
     def aggregate_fit(server_round: int, results: Any, failures: Any) -> Any:
-        parameters, metrics = fit(server_round, results, failures)
+        parameters, metrics = fit(server_round, in_order(results), failures)
         ledger.note(numbers_of(metrics, "train_"))
         if parameters is not None:
             keeper.arrays(_named(parameters))
         return parameters, metrics
 
     def aggregate_evaluate(server_round: int, results: Any, failures: Any) -> Any:
-        loss, metrics = measure(server_round, results, failures)
+        loss, metrics = measure(server_round, in_order(results), failures)
         ledger.note(numbers_of({"loss": loss, **metrics}, "clients_"))
         return loss, metrics
 

@@ -13,7 +13,7 @@ from flwr.app import ArrayRecord
 from flwr.serverapp.strategy import Result, Strategy
 
 from shoal.flower.grid import Node
-from shoal.flower.keep import Unkeepable, attributes, read, restore, write, write_arrays
+from shoal.flower.keep import Kept, Unkeepable, attributes, read, restore, write_arrays
 from shoal.progress import Display
 from shoal.protos.errors import RunError
 from shoal.server.runs import RunFolder
@@ -33,22 +33,18 @@ class Session:
 
     def __init__(self, folder: RunFolder, nodes: Sequence[Node], show: Display, point: dict[str, Any] | None) -> None:
         self._folder, self._nodes, self._show, self._point = folder, nodes, show, point
-        self._last: dict[str, Any] | None = point
-        self._model: dict[str, np.ndarray] | None = None
-        self._written = 0 if point is None else int(point["round"])
+        self._last: Kept | None = None
+        self._begun = False
+        self._model = dict[str, Any]()
+        self.round = self._written = 0 if point is None else int(point["round"])  # the last whole round
         self.no_resume = "the app's server has a loop of its own, not Strategy.start of Flower's message API"
         if point is not None:
             _set_nodes(nodes, point["nodes"])
 
-    @property
-    def round(self) -> int:
-        """The last whole round."""
-        return 0 if self._last is None else int(self._last["round"])
-
     def begin(self, strategy: Strategy, arrays: ArrayRecord, rounds: int) -> tuple[int, ArrayRecord, Result]:
         self._show.expecting(rounds)
-        self.no_resume = ""
-        point, self._point = self._point, None  # an app that runs a second strategy begins it anew
+        self.no_resume = "the app runs one strategy after another" if self._begun else ""
+        point, self._point, self._begun = self._point, None, True
         result = Result()
         if point is None:
             return 0, arrays, result
@@ -63,7 +59,8 @@ class Session:
         return int(point["round"]), point["arrays"], result
 
     def keep(self, round: int, strategy: Strategy, arrays: ArrayRecord, result: Result) -> None:
-        self._last = {
+        self.round, self._model = round, dict(arrays)
+        point = {
             "round": round,
             "strategy": type(strategy).__name__,
             "attributes": attributes(strategy),
@@ -72,7 +69,11 @@ class Session:
             "random": random_states(),
             **{name: dict(getattr(result, name)) for name in METRICS},
         }
-        if not self.no_resume and round % EVERY == 0:
+        try:
+            self._last = Kept.of(point)
+        except Unkeepable as error:
+            self.no_resume = f"its strategy keeps what Shoal cannot write down: {error}"
+        if round % EVERY == 0:
             self._write()
 
     def arrays(self, arrays: dict[str, np.ndarray]) -> None:
@@ -86,20 +87,15 @@ class Session:
 
     def end(self) -> None:
         """Write the last whole round, and the model where it is known."""
-        if self._last is not None:
-            self._model = {name: array.numpy() for name, array in self._last["arrays"].items()}
-            if self._last["round"] != self._written and not self.no_resume:
-                self._write()
-        if self._model is not None:
-            write_arrays(self._folder.path / "arrays.safetensors", self._model)
+        self._write()
+        if self._model:
+            arrays = {name: a if isinstance(a, np.ndarray) else a.numpy() for name, a in self._model.items()}
+            write_arrays(self._folder.path / "arrays.safetensors", arrays)
 
     def _write(self) -> None:
-        assert self._last is not None
-        try:
-            write(self._folder.path / POINT, self._last)
-            self._written = self._last["round"]
-        except Unkeepable as error:
-            self.no_resume = f"its strategy keeps what Shoal cannot write down: {error}"
+        if self._last is not None and not self.no_resume and self.round != self._written:
+            self._last.write(self._folder.path / POINT)
+            self._written = self.round
 
 
 def _set_nodes(nodes: Sequence[Node], kept: Sequence[Any]) -> None:

@@ -1,0 +1,108 @@
+"""Clients that fail, in every way there is: the strategy decides, the run folder says why, no process is poisoned."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from contextlib import closing
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from typer.testing import CliRunner
+
+from shoal.cli import app as command
+from shoal.flower.compat import context, identify, name_message
+from shoal.flower.stage import Workers
+from shoal.flower.turns import Turn
+from shoal.protos.errors import RunError
+from tests.flower.conftest import APPS, Play
+
+
+def without_client_1(first: int) -> np.ndarray:
+    """By hand: three rounds of w/2 + k, weighted by 1 + k; client 1 fails from the ``first`` of them on."""
+    w = np.zeros(2)
+    for round in (1, 2, 3):
+        cohort = [0, 1, 2, 3] if round < first else [0, 2, 3]
+        w = sum((1 + k) * (0.5 * w + k) for k in cohort) / sum(1 + k for k in cohort)
+    return w
+
+
+WAYS = [
+    ("raise", 0, "ValueError: no data today"),
+    ("exit", 0, "SystemExit: 3"),
+    ("garbage", 0, "the ClientApp returned a dict, not a Message"),
+    ("nan", 0, "array 'w' of the reply's 'arrays' is not finite"),
+    pytest.param("raise", 2, "ValueError: no data today", marks=pytest.mark.slow),
+    pytest.param("die", 2, "its process was lost .exit code 137", marks=pytest.mark.slow),
+    pytest.param("hang", 2, "did not answer in time", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("how", "workers", "reason"), WAYS)
+def test_the_run_goes_on_without_the_client(how: str, workers: int, reason: str, play: Play) -> None:
+    done, (w,) = play("failing", {"how": how}, workers=workers)
+    failed = [3] if how == "hang" else [2, 3]
+
+    assert done.status == "finished"
+    assert w == pytest.approx(without_client_1(failed[0]), rel=1e-12)
+    assert list(done.metrics.failed) == [int(round in failed) for round in (1, 2, 3)]
+    assert list(done.metrics.counted) == [4 - int(round in failed) for round in (1, 2, 3)]
+    assert list(done.failures["round"]) == failed and set(done.failures.client) == {"1"}
+    for found in done.failures.reason:
+        assert re.search(rf"client '1' \(node \d+\):? {reason}", found)
+
+
+def test_the_traceback_is_kept(play: Play) -> None:
+    done, _ = play("failing")
+    events = [json.loads(line) for line in (done.path / "log.jsonl").read_text().splitlines()]
+
+    assert [event["event"] for event in events] == ["client failed"] * 2
+    assert 'raise ValueError("no data today")' in events[0]["traceback"]
+
+
+def test_a_reply_that_the_strategy_refuses_ends_the_run(play: Play, tmp_path: Any) -> None:
+    with pytest.raises(RunError, match="the ServerApp of failing raised"):
+        play("failing", {"how": "missing"})
+    (folder,) = (tmp_path / "runs").iterdir()
+    summary = json.loads((folder / "summary.json").read_text())
+
+    assert summary["status"] == "failed" and "InconsistentMessageReplies" in summary["problem"]
+    assert summary["rounds"] == 1
+
+
+def test_a_run_that_nobody_answers_has_failed(tmp_path: Any) -> None:
+    given = [str(APPS / "failing"), "how=all", "--nodes", "3", "--workers", "0", "--out", str(tmp_path)]
+    shown = CliRunner().invoke(command, ["flower", "run", *given])
+    (folder,) = tmp_path.iterdir()
+
+    assert isinstance(shown.exception, RunError)  # for which main() exits with 2
+    assert "none of the 9 train messages was answered" in str(shown.exception)
+    assert json.loads((folder / "summary.json").read_text())["status"] == "failed"
+
+
+@pytest.mark.slow
+def test_who_waits_behind_a_client_that_hangs_is_played_by_another_process() -> None:
+    """One process. What is abandoned ends with it, and so would what comes next."""
+
+    def nap(message: Message, context: Context) -> Message:
+        time.sleep(float(message.content["c"]["seconds"]))
+        return Message(message.content, reply_to=message)
+
+    app = ClientApp()
+    app.query()(nap)
+    about = context(1, 2, {}, {})
+    identify(1)
+    with closing(Workers(app, 1, 1)) as stage:
+        asked = []
+        for number, seconds in enumerate((600.0, 0.0)):
+            message = Message(RecordDict({"c": ConfigRecord({"seconds": seconds})}), 2, "query")
+            name_message(message, str(number))
+            asked.append(stage.submit(Turn(message.metadata, about, 0), stage.publish(message.content)))
+        stage.abandon(asked[:1])
+        answer = asked[1].result(timeout=60)
+
+    assert asked[0].cancelled() and not answer.reason
