@@ -5,8 +5,8 @@
     python -m benchmarks.flower_apps --record              # and keep flwr's results for the tests
 
 Each run is a process of its own, from its start to its end; needs ``pip install 'flwr[simulation]'``. Apps choose
-their cohorts by names or ask everybody, because flwr gives its nodes new ids in every run. What an app has worked out it
-writes to a file of NumPy arrays itself.
+their cohorts by names or ask everybody, because flwr gives its nodes new ids in every run. What an app has worked out
+it writes to a file of NumPy arrays itself.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def by_flower(name: str, result: str) -> None:
 def measured(command: Sequence[str], result: Path) -> tuple[float, list[np.ndarray]]:
     """Seconds that a process takes, and the arrays that its app has written."""
     began = time.perf_counter()
-    done = subprocess.run(command, env=os.environ | QUIET, capture_output=True, text=True)
+    done = subprocess.run(command, env=os.environ | QUIET, capture_output=True, text=True, timeout=300)
     seconds = time.perf_counter() - began
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}")
@@ -73,15 +73,18 @@ def measured(command: Sequence[str], result: Path) -> tuple[float, list[np.ndarr
         return seconds, [arrays[name] for name in arrays.files]
 
 
-def both(name: str, folder: Path) -> tuple[dict[str, float], list[np.ndarray], list[np.ndarray]]:
-    """Seconds and results of an app under flwr and under Shoal."""
-    theirs, ours = folder / f"{name}-flwr.npz", folder / f"{name}-shoal.npz"
-    flower = [sys.executable, "-m", "benchmarks.flower_apps", "--flower", name, str(theirs)]
-    shoal = [sys.executable, "-c", "from shoal.cli import main; main()", "flower", "run", str(APPS / name)]
-    shoal += [f"result={ours}", "--nodes", str(NODES), "--workers", "2", "--out", str(folder / "runs")]
-    seconds, expected = measured(flower, theirs)
-    mine, found = measured(shoal, ours)
-    return {"flwr": round(seconds, 2), "shoal": round(mine, 2)}, expected, found
+def under_flower(name: str, folder: Path) -> tuple[float, list[np.ndarray]]:
+    """Seconds and results of an app on flwr's simulation."""
+    result = folder / f"{name}-flwr.npz"
+    return measured([sys.executable, "-m", "benchmarks.flower_apps", "--flower", name, str(result)], result)
+
+
+def under_shoal(name: str, folder: Path) -> tuple[float, list[np.ndarray]]:
+    """The same on Shoal, in two worker processes as flwr has two actors."""
+    result = folder / f"{name}-shoal.npz"
+    command = [sys.executable, "-c", "from shoal.cli import main; main()", "flower", "run", str(APPS / name)]
+    command += [f"result={result}", "--nodes", str(NODES), "--workers", "2", "--out", str(folder / "runs")]
+    return measured(command, result)
 
 
 def distance(expected: Sequence[np.ndarray], found: Sequence[np.ndarray]) -> float:
@@ -99,18 +102,34 @@ def main() -> None:
     if options.flower:
         by_flower(*options.flower)
         return
-    kept = json.loads(EXPECTED.read_text()) if EXPECTED.exists() else {"results": {}}
-    wrong = []
     with tempfile.TemporaryDirectory() as folder:
-        for name in options.apps.split(","):
-            seconds, expected, found = both(name, Path(folder))
-            apart = distance(expected, found)
-            equal = apart <= TOLERANCES.get(name, 1e-9)
-            wrong += [] if equal else [name]
-            print(json.dumps({"app": name, "equal": equal, "apart": apart, "seconds": seconds}), flush=True)
-            kept["results"][name] = [array.tolist() for array in expected]
-    if options.record:
-        EXPECTED.write_text(json.dumps({"flwr": version("flwr"), "nodes": NODES, **kept}, indent=1) + "\n")
+        if options.record:
+            for name in options.apps.split(","):
+                record(name, Path(folder))
+        else:
+            compare(options.apps.split(","), Path(folder))
+
+
+def record(name: str, folder: Path) -> None:
+    """Keep flwr's result of an app for the tests."""
+    kept = json.loads(EXPECTED.read_text()) if EXPECTED.exists() else {"results": {}}
+    seconds, arrays = under_flower(name, folder)
+    kept |= {"flwr": version("flwr"), "nodes": NODES}
+    kept["results"][name] = [array.tolist() for array in arrays]
+    EXPECTED.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
+    print(json.dumps({"app": name, "recorded": True, "seconds": round(seconds, 2)}), flush=True)
+
+
+def compare(names: Sequence[str], folder: Path) -> None:
+    """Both ways, in turns; the exit code is 0 if all results are equal."""
+    wrong = []
+    for name in names:
+        (theirs, expected), (ours, found) = under_flower(name, folder), under_shoal(name, folder)
+        apart = distance(expected, found)
+        equal = apart <= TOLERANCES.get(name, 1e-9)
+        wrong += [] if equal else [name]
+        seconds = {"flwr": round(theirs, 2), "shoal": round(ours, 2)}
+        print(json.dumps({"app": name, "equal": equal, "apart": apart, "seconds": seconds}), flush=True)
     sys.exit(f"differ: {', '.join(wrong)}" if wrong else 0)
 
 

@@ -137,9 +137,11 @@ class Composition:
             evaluate_clients_every=e.evaluation.clients_every,
             checkpoint_every=e.checkpoint_every,
         )
-        return Coordinator(plan, e.strategy, e.selector, fleet, point, self._evaluation(), callbacks, path)
+        return Coordinator(plan, e.strategy, e.selector, fleet, point, self.evaluation, callbacks, path)
 
-    def _evaluation(self) -> Callable[[Parameters[Tensor]], Mapping[str, float]] | None:
+    @property
+    def evaluation(self) -> Callable[[Parameters[Tensor]], Mapping[str, float]] | None:
+        """The loss and metrics of a model on the data's own test set; None where there is none."""
         if self.data is None or self.data.test is None:
             return None
         shard = Shard(self._as_input(self.data.test.x), self.data.test.y.to(self._net.flat.device))

@@ -15,9 +15,13 @@ from shoal.protos.errors import ExperimentError
 
 if TYPE_CHECKING:
     from shoal.flower.app import FlowerApp as FlowerApp
+    from shoal.flower.borrowed import simulate as simulate
+    from shoal.flower.hosted import strategy as strategy
+    from shoal.flower.member import client_app as client_app
+    from shoal.flower.member import initial_arrays as initial_arrays
     from shoal.flower.running import run as run
 
-__all__ = ["FlowerApp", "check_version", "run"]
+__all__ = ["FlowerApp", "check_version", "client_app", "initial_arrays", "run", "simulate", "strategy"]
 
 LOWEST, BEYOND = (1, 36), (1, 43)  # what the tests have been run with, from the first on and before the second
 
@@ -26,7 +30,11 @@ os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 
 _HOMES = {
     "FlowerApp": "shoal.flower.app",
+    "client_app": "shoal.flower.member",
+    "initial_arrays": "shoal.flower.member",
     "run": "shoal.flower.running",
+    "simulate": "shoal.flower.borrowed",
+    "strategy": "shoal.flower.hosted",
 }
 
 

@@ -6,19 +6,35 @@ import hashlib
 import sys
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module, invalidate_caches
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from shoal.protos.errors import ExperimentError, nearest
 from shoal.protos.experiment import value_of
 
-__all__ = ["FlowerApp", "Scalar"]
+__all__ = ["App", "FlowerApp", "GivenApp", "Scalar"]
 
 Scalar = bool | int | float | str
 NODES = 2  # what 'flwr run' takes where nothing else is said
+
+
+class App(Protocol):
+    """What can be run: a folder, or Python objects. ``no_resume`` says why such a run cannot be resumed, if so."""
+
+    name: str
+    version: str
+    config: Mapping[str, Scalar]
+    no_resume: str
+
+    @property
+    def hash(self) -> str: ...
+    def importable(self) -> AbstractContextManager[None]: ...
+    def server_app(self) -> Any: ...
+    def client_app(self) -> Any: ...
+    def describe(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -35,6 +51,7 @@ class FlowerApp:
     client: str
     config: Mapping[str, Scalar] = field(default_factory=dict)
     nodes: int = NODES
+    no_resume = ""
 
     @classmethod
     def read(cls, path: str | Path, overrides: Sequence[str] | Mapping[str, Scalar] = ()) -> FlowerApp:
@@ -75,8 +92,23 @@ class FlowerApp:
             _forget(own)
             sys.modules.update(before)
 
-    def load(self, reference: str, kind: type) -> Any:
-        """The ServerApp or ClientApp, inside :meth:`importable`; ExperimentError says why it cannot be loaded."""
+    def server_app(self) -> Any:
+        """The ServerApp, inside :meth:`importable`; ExperimentError says why it cannot be loaded."""
+        from flwr.serverapp import ServerApp
+
+        return self._load(self.server, ServerApp)
+
+    def client_app(self) -> Any:
+        """The ClientApp, likewise."""
+        from flwr.clientapp import ClientApp
+
+        return self._load(self.client, ClientApp)
+
+    def describe(self) -> dict[str, Any]:
+        """What the run's folder says of it."""
+        return {"app": str(self.path), "config": dict(self.config)}
+
+    def _load(self, reference: str, kind: type) -> Any:
         module, _, attributes = reference.partition(":")
         try:
             found: Any = import_module(module)
@@ -100,6 +132,37 @@ class FlowerApp:
         for path in [self.path / "pyproject.toml", *sorted(files)]:
             digest.update(f"{path.relative_to(self.path)}\0".encode() + path.read_bytes())
         return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class GivenApp:
+    """A ServerApp and a ClientApp that are there already: in a notebook, a script, a test."""
+
+    server: Any
+    client: Any
+    config: Mapping[str, Scalar] = field(default_factory=dict)
+    name: str = "app"
+    version: str = ""
+    hash: str = ""
+    nodes: int = NODES
+    no_resume = "it was made from Python objects"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For workers, which need the ClientApp alone."""
+        return {**vars(self), "server": None}
+
+    @contextmanager
+    def importable(self) -> Iterator[None]:
+        yield
+
+    def server_app(self) -> Any:
+        return self.server
+
+    def client_app(self) -> Any:
+        return self.client
+
+    def describe(self) -> dict[str, Any]:
+        return {"config": dict(self.config)}
 
 
 def _project(path: Path) -> dict[str, Any]:

@@ -122,8 +122,10 @@ class ShoalGrid(Grid):
                 if answer.state is not None:
                     node.context.state = answer.state
                 name_message(answer.reply, f"{pending.message.metadata.message_id}r")
-                self._ledger.answer(pending.round, pending.client, node.context.node_id, answer)
-                pending.answer.set_result(answer)
+                try:  # whoever watches must not keep the strategy from its reply
+                    self._ledger.answer(pending.round, pending.client, node.context.node_id, answer)
+                finally:
+                    pending.answer.set_result(answer)
         self._next(node)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:

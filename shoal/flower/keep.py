@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -62,7 +62,7 @@ def read(path: Path) -> dict[str, Any]:
 
 def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """A model's arrays under their own names, for whoever wants to use it."""
-    write_whole(path, [save({name: np.ascontiguousarray(array) for name, array in arrays.items()})])
+    write_whole(path, [save({name: np.asarray(array, order="C") for name, array in arrays.items()})])
 
 
 def read_arrays(run: str | Path) -> dict[str, np.ndarray]:
@@ -75,12 +75,16 @@ def read_arrays(run: str | Path) -> dict[str, np.ndarray]:
 
 
 def attributes(strategy: Strategy) -> dict[str, Any]:
-    """What a strategy has in its attributes, those of a wrapped one too; functions, which the app gives again, not."""
+    """What a strategy has in its attributes, those of a wrapped one too.
+
+    Functions and frozen values the app gives again.
+    """
     found = dict[str, Any]()
     for name, value in vars(strategy).items():
+        frozen = is_dataclass(value) and value.__dataclass_params__.frozen  # type: ignore[attr-defined]
         if isinstance(value, Strategy):
             found[name] = attributes(value)
-        elif not callable(value) and not isinstance(value, ModuleType):
+        elif not (frozen or callable(value) or isinstance(value, ModuleType)):
             found[name] = value
     return found
 
@@ -107,7 +111,7 @@ def _encoded(value: Any, tensors: dict[str, np.ndarray], where: str) -> Any:
         return [type(value).__name__, [_encoded(v, tensors, f"{where}[{i}]") for i, v in enumerate(value)]]
     if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biuf":
         kind = "ndarray" if isinstance(value, np.ndarray) else "scalar"
-        return [kind, _put(np.ascontiguousarray(value).reshape(value.shape).copy(), tensors)]
+        return [kind, _put(np.array(value, order="C"), tensors)]
     if isinstance(value, bytes):
         return ["bytes", base64.b64encode(value).decode()]
     if type(value) in PLAIN:

@@ -26,7 +26,7 @@ from flwr.serverapp import ServerApp
 
 from shoal.client.process import cores
 from shoal.execute import versions
-from shoal.flower.app import FlowerApp, Scalar
+from shoal.flower.app import App, FlowerApp, GivenApp, Scalar
 from shoal.flower.compat import SERVER, context, empty_run, identify, logging_to
 from shoal.flower.grid import Node, ShoalGrid, node_ids
 from shoal.flower.ledger import Ledger
@@ -41,11 +41,11 @@ from shoal.protos.errors import ExperimentError, RunError
 from shoal.run import Run, summarise
 from shoal.server.runs import RunFolder
 
-__all__ = ["resume", "run"]
+__all__ = ["Play", "played", "resume", "run"]
 
 
 def run(
-    path: str | Path,
+    app: str | Path | tuple[ServerApp, ClientApp],
     overrides: Sequence[str] | Mapping[str, Scalar] = (),
     *,
     nodes: int | None = None,
@@ -56,22 +56,27 @@ def run(
 ) -> Run:
     """Run the Flower app in this folder with ``nodes`` clients (None: as many as its pyproject says, or Flower's 2).
 
-    ``overrides`` are ``"key=value"`` of its run config. ``workers`` processes play the clients (None: one a core, 0: in
+    ``app`` may also be a ServerApp and a ClientApp. ``overrides`` are ``"key=value"`` of the folder's run config; of
+    two objects they are the run config. ``workers`` processes play the clients (None: one a core, 0: in
     this process, where a debugger sees them). The seed decides which node is which client, and what the app draws from
     the global generators of Python, NumPy and PyTorch, whatever the number of workers.
 
     ExperimentError if it is no app or cannot be loaded; RunError if its server fails, or nobody answers it.
     """
-    app = FlowerApp.read(path, overrides)
-    play = Play(app, app.nodes if nodes is None else nodes, seed, cores() if workers is None else workers)
+    found: Any
+    found = GivenApp(*app, dict(overrides)) if isinstance(app, tuple) else FlowerApp.read(app, overrides)
+    play = Play(found, found.nodes if nodes is None else nodes, seed, cores() if workers is None else workers)
+    return played(play, Path(out), progress)
+
+
+def played(play: Play, out: Path, progress: str) -> Run:
+    """A new run. What is wrong with the app is said before there is a folder."""
     show = display(progress)
-    with play.ready() as (server, stage):
-        folder = RunFolder.create(Path(out), app.name)
-        with closing(folder):
-            folder.claim()
-            folder.write("experiment.toml", play.toml())
-            folder.write("env.json", play.environment())
-            return Execution(play, folder, show, server, stage).run(None)
+    with play.ready() as (server, stage), closing(RunFolder.create(out, play.app.name)) as folder:
+        folder.claim()
+        folder.write("experiment.toml", play.toml())
+        folder.write("env.json", play.environment())
+        return Execution(play, folder, show, server, stage).run(None)
 
 
 def resume(folder: RunFolder, show: Display) -> Run:
@@ -86,7 +91,7 @@ def resume(folder: RunFolder, show: Display) -> Run:
         raise RunError(f"{folder.path} ended before a round was kept; start a new run")
     play = Play.read(folder)
     if play.app.hash != folder.read("env.json")["app"]:
-        show.note(f"the files of {play.app.path} have changed since the run began")
+        show.note("the app's files have changed since the run began")
     with play.ready() as (server, stage):
         folder.rewind(point["round"])
         return Execution(play, folder, show, server, stage).run(point)
@@ -96,7 +101,7 @@ def resume(folder: RunFolder, show: Display) -> Run:
 class Play:
     """What is to be run, and where."""
 
-    app: FlowerApp
+    app: App
     nodes: int
     seed: int
     workers: int
@@ -118,11 +123,11 @@ class Play:
             stack.enter_context(self.app.importable())
             stack.enter_context(drawing_from(seeds.integer(self.seed, "flower-server")))
             identify(self.run_id)
-            server = self.app.load(self.app.server, ServerApp)
+            server = self.app.server_app()
             if self.workers:
                 stage: Stage = Workers(self.app, self.run_id, min(self.workers, self.nodes))
             else:
-                stage = InProcess(self.app.load(self.app.client, ClientApp))
+                stage = InProcess(self.app.client_app())
             yield server, stack.enter_context(closing(stage))
 
     def contexts(self) -> list[Context]:
@@ -135,9 +140,8 @@ class Play:
 
     def toml(self) -> str:
         """The run as its folder describes it."""
-        app = self.app
-        flower = {"app": str(app.path), "nodes": self.nodes, "workers": self.workers, "config": dict(app.config)}
-        return tomli_w.dumps({"name": app.name, "seed": self.seed, "flower": flower})
+        flower = {**self.app.describe(), "nodes": self.nodes, "workers": self.workers}
+        return tomli_w.dumps({"name": self.app.name, "seed": self.seed, "flower": flower})
 
     @classmethod
     def read(cls, folder: RunFolder) -> Play:
@@ -195,6 +199,7 @@ class Execution:
             problem = str(error)
             raise
         finally:
+            session.no_resume = session.no_resume or self.play.app.no_resume
             self._end(session, status, problem)
         return Run(self.folder.path)
 
@@ -220,8 +225,9 @@ class Execution:
     def _opening(self, done: int) -> Opening:
         play = self.play
         config = "  ".join(f"{key} {value}" for key, value in play.app.config.items())
-        heading = [f"  Flower app {play.app.name} {play.app.version} · {play.nodes} nodes · seed {play.seed}"]
-        return Opening(self.folder.path, [*heading, f"  {config}"], 0, play.nodes, str(play), round=done)
+        about = " ".join(filter(None, ("Flower app", play.app.name, play.app.version)))
+        heading = [f"  {about} · {play.nodes} nodes · seed {play.seed}", *([f"  {config}"] if config else [])]
+        return Opening(self.folder.path, heading, 0, play.nodes, str(play), round=done)
 
     @contextmanager
     def _surroundings(self) -> Iterator[None]:

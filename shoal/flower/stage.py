@@ -16,7 +16,7 @@ import torch
 from flwr.app import RecordDict
 from flwr.clientapp import ClientApp
 
-from shoal.flower.app import FlowerApp
+from shoal.flower.app import App
 from shoal.flower.compat import CRASHED, message_from
 from shoal.flower.turns import Answer, Turn, copied, drawing_from, failed, play
 from shoal.simulations.crew import Crew, Died
@@ -83,9 +83,9 @@ class Order:
 
 
 class Workers:
-    """``workers`` processes, each with the app of this folder, or with this ClientApp, by value."""
+    """``workers`` processes, each with this app."""
 
-    def __init__(self, app: FlowerApp | ClientApp, run_id: int, workers: int) -> None:
+    def __init__(self, app: App, run_id: int, workers: int) -> None:
         packed, self._data = pack((app, run_id))
         self._calls, self._changing = dict[Future[Answer], Future[Any]](), threading.RLock()
         self._bystanders = set[Future[Answer]]()

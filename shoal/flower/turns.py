@@ -60,7 +60,8 @@ def play(app: ClientApp, turn: Turn, content: RecordDict) -> Answer:
     )
     if wrong:
         return failed(message, wrong, wrong)
-    return Answer(reply, turn.context.state)
+    told = f"answered with an error: {reply.error.reason}" if reply.has_error() else ""
+    return Answer(reply, turn.context.state, told)
 
 
 def failed(message: Message, told: str, reason: str, shown: str = "", code: int = APP_RAISED) -> Answer:

@@ -11,7 +11,6 @@ from flwr.app import RecordDict
 from flwr.clientapp import ClientApp
 
 from shoal.client.process import jobs_on
-from shoal.flower.app import FlowerApp
 from shoal.flower.compat import identify, message_from
 from shoal.flower.stage import Order
 from shoal.flower.turns import Answer, failed, play, seed_all
@@ -42,12 +41,10 @@ def main() -> None:
 
 def _loaded(orders: IO[bytes], modules: ExitStack) -> ClientApp | ShoalError:
     try:
-        found, run_id = unpack(orders)
+        app, run_id = unpack(orders)
         identify(run_id)
-        if isinstance(found, FlowerApp):
-            modules.enter_context(found.importable())
-            found = found.load(found.client, ClientApp)
-        return found  # type: ignore[no-any-return]
+        modules.enter_context(app.importable())
+        return app.client_app()  # type: ignore[no-any-return]
     except (EOFError, ShoalError) as error:
         if isinstance(error, EOFError):
             raise

@@ -78,7 +78,9 @@ def test_overrides(play: Play, tmp_path: Path) -> None:
     _, (w,) = play("configured", {"text": "a=b", "flag": True, "model.scale": 2, "count": 1})
 
     assert w == pytest.approx([-6.0, -6.0, -6.0])
-    with pytest.raises(ExperimentError, match="unknown key 'model.scal' of the app's config .did you mean 'model.scale'"):
+    with pytest.raises(
+        ExperimentError, match=r"unknown key 'model.scal' of the app's config .did you mean 'model.scale'"
+    ):
         run(APPS / "configured", ["model.scal=2"], out=tmp_path)
     with pytest.raises(ExperimentError, match="not of the form key=value"):
         run(APPS / "configured", ["model.scale"], out=tmp_path)
@@ -92,7 +94,7 @@ def test_an_app_that_is_none(tmp_path: Path) -> None:
     project = tmp_path / "app" / "pyproject.toml"
     text = project.read_text()
     project.write_text(text.replace("app:server", "app:client"))
-    with pytest.raises(ExperimentError, match="'app:client' .* is a ClientApp, not a ServerApp"):
+    with pytest.raises(ExperimentError, match=r"'app:client' .* is a ClientApp, not a ServerApp"):
         run(tmp_path / "app", workers=0, out=tmp_path / "runs")
     project.write_text(text.replace("app:server", "app:serve"))
     with pytest.raises(ExperimentError, match="cannot be loaded: AttributeError"):
@@ -103,7 +105,7 @@ def test_an_app_that_is_none(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
-DRAWING = '''
+DRAWING = """
 import random
 
 import numpy as np
@@ -111,7 +113,8 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-client, server = ClientApp(), ServerApp()
+client = ClientApp()
+server = ServerApp()
 
 
 @client.query()
@@ -126,7 +129,7 @@ def main(grid: Grid, context: Context) -> None:
     replies = [*grid.send_and_receive([Message(RecordDict(), n, "query") for n in nodes])]
     replies += grid.send_and_receive([Message(RecordDict(), n, "query") for n in reversed(nodes)])
     np.savez(context.run_config["result"], [nodes[0] % 2**53, *[x for r in replies for x in r.content["m"]["drawn"]]])
-'''
+"""
 
 
 @pytest.mark.slow
@@ -136,7 +139,15 @@ def test_a_seed_makes_cohorts_and_draws_whatever_the_workers(tmp_path: Path) -> 
     found = []
     for seed, workers in ((5, 0), (5, 2), (6, 0)):
         result = tmp_path / f"{seed}-{workers}.npz"
-        run(tmp_path / "app", {"result": str(result)}, nodes=6, seed=seed, workers=workers, out=tmp_path, progress="none")
+        run(
+            tmp_path / "app",
+            {"result": str(result)},
+            nodes=6,
+            seed=seed,
+            workers=workers,
+            out=tmp_path,
+            progress="none",
+        )
         found.append(np.load(result)["arr_0"])
 
     assert np.array_equal(found[0], found[1])
@@ -185,7 +196,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
 
 
 @pytest.mark.parametrize(
-    ("name", "why"), [("legacy", "legacy server, whose loop begins with round 1"), ("robust", "one strategy after another")],
+    ("name", "why"),
+    [("legacy", "legacy server, whose loop begins with round 1"), ("robust", "one strategy after another")],
 )
 def test_an_app_that_cannot_go_on_says_so(name: str, why: str, play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
@@ -200,14 +212,27 @@ def test_an_app_that_cannot_go_on_says_so(name: str, why: str, play: Play, monke
 def test_a_strategy_that_keeps_what_cannot_be_written(tmp_path: Path) -> None:
     shutil.copytree(APPS / "cohorts", tmp_path / "app")
     code = (tmp_path / "app" / "app.py").read_text()
-    (tmp_path / "app" / "app.py").write_text(code.replace("self.asked: list[int] = []", "self.asked = []; self.x = {1, 2}"))
+    (tmp_path / "app" / "app.py").write_text(
+        code.replace("self.asked: list[int] = []", "self.asked = []; self.x = {1, 2}")
+    )
     done = run(tmp_path / "app", nodes=4, workers=0, out=tmp_path, progress="none")
 
     assert done.summary["no_resume"] == "its strategy keeps what Shoal cannot write down: attributes.x is a set"
 
 
 def test_the_command(tmp_path: Path) -> None:
-    given = ["flower", "run", str(APPS / "averaging"), "lr=1.0", "--nodes", "3", "--workers", "0", "--out", str(tmp_path)]
+    given = [
+        "flower",
+        "run",
+        str(APPS / "averaging"),
+        "lr=1.0",
+        "--nodes",
+        "3",
+        "--workers",
+        "0",
+        "--out",
+        str(tmp_path),
+    ]
     shown = CliRunner().invoke(command, given)
     assert shown.exit_code == 0
     assert "round 3/3  3/3 clients" in shown.output and "finished after 3 rounds" in shown.output
@@ -222,7 +247,16 @@ def test_the_command(tmp_path: Path) -> None:
 def test_ctrl_c_in_a_terminal(tmp_path: Path) -> None:
     """A real process: exit code 130, and the run goes on where it was."""
     program = [sys.executable, "-c", "from shoal.cli import main; main()"]
-    given = ["flower", "run", str(APPS / "averaging"), "num-server-rounds=5000", "--workers", "0", "--out", str(tmp_path)]
+    given = [
+        "flower",
+        "run",
+        str(APPS / "averaging"),
+        "num-server-rounds=5000",
+        "--workers",
+        "0",
+        "--out",
+        str(tmp_path),
+    ]
     with subprocess.Popen([*program, *given], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         while not (line := process.stdout.readline()).startswith("round 3/5000"):

@@ -7,7 +7,8 @@ from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-client, server = ClientApp(), ServerApp()
+client = ClientApp()
+server = ServerApp()
 
 
 @client.query()
@@ -17,9 +18,16 @@ def query(message: Message, context: Context) -> Message:
     return Message(RecordDict({"counts": ArrayRecord({"h": Array(counts)})}), reply_to=message)
 
 
+def everybody(grid: Grid, context: Context) -> list[int]:
+    """All nodes, once they are there: Flower's simulation starts the server first."""
+    while len(nodes := list(grid.get_node_ids())) < context.run_config["nodes"]:
+        time.sleep(0.05)
+    return nodes
+
+
 @server.main()
 def main(grid: Grid, context: Context) -> None:
-    left = set(grid.push_messages([Message(RecordDict(), node, "query") for node in grid.get_node_ids()]))
+    left = set(grid.push_messages([Message(RecordDict(), node, "query") for node in everybody(grid, context)]))
     total = np.zeros(5, dtype=np.int64)
     while left:
         for reply in grid.pull_messages(left):

@@ -1,5 +1,6 @@
 """Mods of Flower's and of the app's own, around all functions and around one; a lifespan; an action with a name."""
 
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -16,7 +17,8 @@ def doubling(message: Message, context: Context, call) -> Message:
     return reply
 
 
-client, server = ClientApp(), ServerApp()
+client = ClientApp()
+server = ServerApp()
 alive: list[int] = []
 
 
@@ -34,12 +36,19 @@ def train(message: Message, context: Context) -> Message:
     return Message(RecordDict({"arrays": ArrayRecord({"w": Array(w)}), "m": metrics}), reply_to=message)
 
 
+def everybody(grid: Grid, context: Context) -> list[int]:
+    """All nodes, once they are there: Flower's simulation starts the server first."""
+    while len(nodes := list(grid.get_node_ids())) < context.run_config["nodes"]:
+        time.sleep(0.05)
+    return nodes
+
+
 @server.main()
 def main(grid: Grid, context: Context) -> None:
     w, counts = np.arange(1.0, 4.0), []
     for _ in range(2):
         record = RecordDict({"arrays": ArrayRecord({"w": Array(w)}), "config": ConfigRecord({"factor": 1.5})})
-        messages = [Message(record, node, "train.scaled") for node in grid.get_node_ids()]
+        messages = [Message(record, node, "train.scaled") for node in everybody(grid, context)]
         replies = list(grid.send_and_receive(messages))
         w = np.mean([reply.content["arrays"]["w"].numpy() for reply in replies], axis=0)
         counts.append(sum(reply.content["m"]["by-mod"] + reply.content["m"]["alive"] for reply in replies))

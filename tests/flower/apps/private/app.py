@@ -7,14 +7,19 @@ from flwr.clientapp.mod import fixedclipping_mod
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import DifferentialPrivacyClientSideFixedClipping, FedAvg
 
-client, server = ClientApp(), ServerApp()
+client = ClientApp()
+server = ServerApp()
 
 
 @client.train(mods=[fixedclipping_mod])
 def train(message: Message, context: Context) -> Message:
     arrays = message.content["arrays"]
-    moved = {name: Array(array.numpy() + 1.0 + int(context.node_config["partition-id"])) for name, array in arrays.items()}
-    return Message(RecordDict({"arrays": ArrayRecord(moved), "metrics": MetricRecord({"num-examples": 5})}), reply_to=message)
+    moved = {
+        name: Array(array.numpy() + 1.0 + int(context.node_config["partition-id"])) for name, array in arrays.items()
+    }
+    return Message(
+        RecordDict({"arrays": ArrayRecord(moved), "metrics": MetricRecord({"num-examples": 5})}), reply_to=message
+    )
 
 
 @server.main()

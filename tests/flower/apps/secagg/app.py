@@ -22,7 +22,9 @@ class Shifting(NumPyClient):
         return float(parameters[0].sum()), 1, {}
 
 
-client = ClientApp(client_fn=lambda context: Shifting(int(context.node_config["partition-id"])).to_client(), mods=[secaggplus_mod])
+client = ClientApp(
+    client_fn=lambda context: Shifting(int(context.node_config["partition-id"])).to_client(), mods=[secaggplus_mod]
+)
 server = ServerApp()
 
 
@@ -35,4 +37,3 @@ def main(grid: Grid, context: Context) -> None:
     if context.run_config["result"]:
         record = legacy.state.array_records["parameters"]
         np.savez(str(context.run_config["result"]), *record.to_numpy_ndarrays())
-

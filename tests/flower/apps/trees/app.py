@@ -7,7 +7,8 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedXgbBagging
 
-client, server = ClientApp(), ServerApp()
+client = ClientApp()
+server = ServerApp()
 PARAMETERS = {"objective": "reg:squarederror", "max_depth": 2, "eta": 0.3, "nthread": 1, "tree_method": "exact"}
 
 
@@ -37,7 +38,10 @@ def train(message: Message, context: Context) -> Message:
 def main(grid: Grid, context: Context) -> None:
     strategy = FedXgbBagging(fraction_evaluate=0.0)
     result = strategy.start(
-        grid=grid, initial_arrays=ArrayRecord([np.frombuffer(b"", dtype=np.uint8)]), num_rounds=2, train_config=ConfigRecord()
+        grid=grid,
+        initial_arrays=ArrayRecord([np.frombuffer(b"", dtype=np.uint8)]),
+        num_rounds=2,
+        train_config=ConfigRecord(),
     )
     if context.run_config["result"]:
         booster = xgboost.Booster(params=PARAMETERS)
