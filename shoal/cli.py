@@ -290,6 +290,26 @@ def flower_run(
     raise typer.Exit(0 if done.status == "finished" else 130)
 
 
+@flower_app.command("doctor")
+def flower_doctor(
+    path: Annotated[Path, typer.Argument(help="The folder of a Flower app, with its pyproject.toml.")],
+    as_json: AsJson = False,
+) -> None:
+    """Say what a Flower app uses, and what of it does not run here. Its code is read, not run."""
+    import dataclasses
+
+    from shoal.flower import check_version
+    from shoal.flower.doctor import diagnose
+
+    check_version()
+    found = diagnose(path)
+    marks = {"runs": "✓", "differs": "≠", "not supported": "✗"}
+    for finding in found:
+        where = f"  ({finding.where})" if finding.where else ""
+        print(json.dumps(dataclasses.asdict(finding)) if as_json else f"{marks[finding.verdict]} {finding.what}{where}")
+    raise typer.Exit(2 if any(finding.verdict == "not supported" for finding in found) else 0)
+
+
 @app.command()
 def resume(
     run: Annotated[Path, typer.Argument(help="A run folder, or runs/7 for runs/0007-name.")],

@@ -173,7 +173,7 @@ def test_halves_that_do_not_belong_together(tmp_path: Path) -> None:
         inside(e, tmp_path, server=shoal.FedAvg())
 
 
-# --- Flower's strategies inside Shoal -----------------------------------------------------------------------------------
+# --- Flower's strategies inside Shoal ---------------------------------------------------------------------------------
 
 THEIRS = [
     (flower.FedAvg(), shoal.FedAvg()),

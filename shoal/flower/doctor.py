@@ -1,0 +1,144 @@
+"""What a Flower app uses, and how much of that Shoal runs: ``shoal flower doctor PATH``.
+
+The app's code is read, not run; only its ServerApp and ClientApp are looked up, because flwr looks them up too.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from shoal.flower.app import FlowerApp
+
+__all__ = ["Finding", "diagnose"]
+
+Verdict = Literal["runs", "differs", "not supported"]
+
+# What is looked for: a name as it is imported or called, what it is, and what becomes of it here.
+KNOWN: dict[str, tuple[Verdict, str]] = {
+    "flwr.serverapp.ServerApp": ("runs", "a ServerApp"),
+    "flwr.clientapp.ClientApp": ("runs", "a ClientApp"),
+    "flwr.client.NumPyClient": ("runs", "legacy clients"),
+    "flwr.client.Client": ("runs", "legacy clients"),
+    "flwr.server.ServerAppComponents": ("differs", "the legacy server: its runs cannot be resumed"),
+    "flwr.server.LegacyContext": ("differs", "the legacy workflow: its runs cannot be resumed"),
+    "flwr.server.workflow.SecAggPlusWorkflow": ("runs", "secure aggregation (SecAgg+)"),
+    "flwr.server.workflow.SecAggWorkflow": ("runs", "secure aggregation (SecAgg)"),
+    "flwr.simulation.run_simulation": (
+        "not supported",
+        "it starts Ray itself; use the apps' folder, or shoal.flower.run",
+    ),
+    "flwr.simulation.start_simulation": (
+        "not supported",
+        "Flower's oldest interface; write a ServerApp and a ClientApp",
+    ),
+    "flwr.server.start_server": ("not supported", "Flower's gRPC server; 'shoal server' is Shoal's"),
+    "flwr.client.start_client": ("not supported", "a client of Flower's gRPC server; 'shoal client' is Shoal's"),
+    "flwr.client.start_numpy_client": ("not supported", "a client of Flower's gRPC server; 'shoal client' is Shoal's"),
+    "flwr.agentapp": ("not supported", "agents"),
+    "flwr_datasets": ("runs", "Flower's data sets: they need a network, or a folder of your own"),
+}
+MODS = ("flwr.clientapp.mod.", "flwr.client.mod.")
+STRATEGIES = ("flwr.serverapp.strategy.", "flwr.server.strategy.")
+GLOBALS = {"np.random.seed", "random.seed", "torch.manual_seed", "numpy.random.seed"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that an app uses; ``where`` is file:line."""
+
+    verdict: Verdict
+    what: str
+    where: str
+
+
+def diagnose(path: str | Path) -> list[Finding]:
+    """What the app in this folder uses, in the order of its files; ExperimentError if it is no app."""
+    app = FlowerApp.read(path)
+    found = list(_named_apps(app))
+    for file in sorted(app.path.rglob("*.py")):
+        if not any(part.startswith(".") for part in file.relative_to(app.path).parts):
+            found += _in_file(file, str(file.relative_to(app.path)))
+    seen = dict[str, Finding]()
+    for finding in found:
+        seen.setdefault(finding.what, finding)
+    return list(seen.values())
+
+
+def _named_apps(app: FlowerApp) -> Iterator[Finding]:
+    """Whether what the pyproject names is there, where flwr finds it too: assigned by name, at the top of a module."""
+    for kind, reference in (("ServerApp", app.server), ("ClientApp", app.client)):
+        module, _, attribute = reference.partition(":")
+        steps = module.split(".")
+        files = [app.path.joinpath(*steps).with_suffix(".py"), app.path.joinpath(*steps, "__init__.py")]
+        file = next((file for file in files if file.is_file()), None)
+        if file is None:
+            yield Finding(
+                "differs", f"{kind} {reference}: its module is not in the folder, an installed one must have it", ""
+            )
+        elif attribute.split(".")[0] not in _assigned(file):
+            yield Finding(
+                "differs",
+                f"{kind} {reference}: Shoal loads it, flwr itself wants '{attribute} = …' at top level",
+                file.name,
+            )
+
+
+def _assigned(file: Path) -> set[str]:
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    targets = [target for node in tree.body if isinstance(node, ast.Assign) for target in node.targets]
+    return {target.id for target in targets if isinstance(target, ast.Name)}
+
+
+def _in_file(file: Path, name: str) -> Iterator[Finding]:
+    tree = ast.parse(file.read_text(encoding="utf-8"), filename=str(file))
+    homes = _imports(tree)
+    for line, used in homes:
+        yield from _judged(used, f"{name}:{line}")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and ast.unparse(node).endswith("context.state"):
+            yield Finding(
+                "runs", "state of nodes, kept from message to message and across a resume", f"{name}:{node.lineno}"
+            )
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in GLOBALS:
+            yield Finding(
+                "runs", f"{ast.unparse(node.func)}: the app's own seed wins over --seed", f"{name}:{node.lineno}"
+            )
+        if isinstance(node, ast.FunctionDef) and node.name == "start" and "initial_arrays" in ast.unparse(node.args):
+            yield Finding(
+                "differs", "a strategy with a start of its own: no checkpoints, so no resume", f"{name}:{node.lineno}"
+            )
+
+
+def _imports(tree: ast.AST) -> Sequence[tuple[int, str]]:
+    """Full names that a module imports, and their lines; also ``fl.server.x`` after ``import flwr as fl``."""
+    found, aliases = list[tuple[int, str]](), dict[str, str]()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found += [(node.lineno, f"{node.module}.{alias.name}") for alias in node.names]
+            aliases |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+            aliases |= {alias.asname or alias.name.partition(".")[0]: alias.name for alias in node.names}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            root, _, rest = ast.unparse(node).partition(".")
+            if root in aliases and aliases[root].startswith("flwr"):
+                found.append((node.lineno, f"{aliases[root]}.{rest}"))
+    return found
+
+
+def _judged(name: str, where: str) -> Iterator[Finding]:
+    short = name.rpartition(".")[2]
+    if name.startswith(MODS) and short.endswith(("mod", "Mod")):
+        yield Finding("runs", f"the mod {short}", where)
+    elif name.startswith(STRATEGIES) and short[:1].isupper() and short not in ("Strategy", "Result"):
+        yield Finding("runs", f"the strategy {short}", where)
+    elif name.startswith("flwr.") and any(f".{part}." in f"{name}." for part in ("supercore", "superlink", "proto")):
+        yield Finding("differs", f"{name}, an internal of flwr's that may not be what it is under flwr run", where)
+    for known, (verdict, what) in KNOWN.items():
+        if name == known or name.startswith(f"{known}."):
+            yield Finding(verdict, f"{known.rpartition('.')[2]}: {what}", where)

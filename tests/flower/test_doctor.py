@@ -1,0 +1,52 @@
+"""What is said of an app without running it; and of a flwr that is not known."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from shoal.cli import app as command
+from shoal.flower import check_version
+from shoal.flower.doctor import diagnose
+from shoal.protos.errors import ExperimentError
+from tests.flower.conftest import APPS
+
+
+def said(path: Path) -> dict[str, str]:
+    return {finding.what: finding.verdict for finding in diagnose(path)}
+
+
+def test_what_the_apps_use() -> None:
+    assert said(APPS / "secagg")["SecAggPlusWorkflow: secure aggregation (SecAgg+)"] == "runs"
+    assert said(APPS / "secagg")["the mod secaggplus_mod"] == "runs"
+    assert said(APPS / "legacy")["the strategy FedAvgM"] == "runs"
+    assert "its runs cannot be resumed" in " ".join(what for what, v in said(APPS / "legacy").items() if v == "differs")
+    assert said(APPS / "stateful")["state of nodes, kept from message to message and across a resume"] == "runs"
+    for path in APPS.glob("*/pyproject.toml"):
+        assert "not supported" not in said(path.parent).values()
+
+
+def test_what_is_not_supported(tmp_path: Path) -> None:
+    (tmp_path / "pyproject.toml").write_text((APPS / "legacy" / "pyproject.toml").read_text())
+    (tmp_path / "app.py").write_text(
+        "import flwr as fl\nfrom flwr.serverapp import ServerApp\n"
+        "server, client = ServerApp(), None\nfl.server.start_server()\nfl.client.start_client()\n"
+    )
+    shown = CliRunner().invoke(command, ["flower", "doctor", str(tmp_path)])
+
+    assert shown.exit_code == 2
+    assert "✗ start_server: Flower's gRPC server" in shown.output and "(app.py:4)" in shown.output
+    assert "≠ ServerApp app:server: Shoal loads it, flwr itself wants 'server = …' at top level" in shown.output
+    lines = CliRunner().invoke(command, ["flower", "doctor", str(APPS / "mods"), "--json"]).output.splitlines()
+    assert {json.loads(line)["verdict"] for line in lines} == {"runs"}
+
+
+def test_versions_of_flwr() -> None:
+    for known in ("1.36.0", "1.41.0", "1.42.0.post1"):
+        check_version(known)
+    for unknown in ("1.7.0", "1.35.2", "1.43.0", "2.0.0", "main"):
+        with pytest.raises(ExperimentError, match=r"flwr .* is not a version .* pip install 'flwr>=1.36,<1.43'"):
+            check_version(unknown)
