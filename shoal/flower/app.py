@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from shoal.protos.errors import ExperimentError, nearest
 from shoal.protos.experiment import value_of
 
-__all__ = ["App", "FlowerApp", "GivenApp", "Scalar"]
+__all__ = ["App", "FlowerApp", "GivenApp", "Scalar", "changed"]
 
 Scalar = bool | int | float | str
 NODES = 2  # what 'flwr run' takes where nothing else is said
@@ -24,11 +24,14 @@ NODES = 2  # what 'flwr run' takes where nothing else is said
 class App(Protocol):
     """What can be run: a folder, or Python objects. ``no_resume`` says why such a run cannot be resumed, if so."""
 
-    name: str
-    version: str
-    config: Mapping[str, Scalar]
-    no_resume: str
-
+    @property
+    def name(self) -> str: ...
+    @property
+    def version(self) -> str: ...
+    @property
+    def config(self) -> Mapping[str, Scalar]: ...
+    @property
+    def no_resume(self) -> str: ...
     @property
     def hash(self) -> str: ...
     def importable(self) -> AbstractContextManager[None]: ...
@@ -198,13 +201,18 @@ def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Scalar]:
 
 
 def _override(config: dict[str, Scalar], overrides: Sequence[str] | Mapping[str, Scalar]) -> dict[str, Scalar]:
-    changes = dict(overrides) if isinstance(overrides, Mapping) else dict(map(_change, overrides))
+    changes = changed(overrides)
     for key, value in changes.items():
         if key not in config:
             raise ExperimentError(f"unknown key {key!r} of the app's config{nearest(key, config)}")
         if not isinstance(value, Scalar):
             raise ExperimentError(f"key {key!r} is {value!r}; give text, a number or a boolean")
     return config | changes
+
+
+def changed(overrides: Sequence[str] | Mapping[str, Scalar]) -> dict[str, Scalar]:
+    """A mapping of what is to be changed."""
+    return dict(overrides) if isinstance(overrides, Mapping) else dict(map(_change, overrides))
 
 
 def _change(text: str) -> tuple[str, Any]:

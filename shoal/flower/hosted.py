@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from shoal.flower.wire import decode_update, encode_sent
 from shoal.protos import seeds
 from shoal.protos.errors import ExperimentError, InvalidUpdate, RoundError
 from shoal.protos.messages import Update, check_update
-from shoal.protos.parameters import Parameters
+from shoal.protos.parameters import Layout, Parameters
 from shoal.strategies.base import Context, Sent, State, Strategy
 from shoal.strategies.sums import Carried, LeafSum, carry, contribute
 
@@ -51,10 +52,10 @@ class Hosted(FedAvg):
     def __init__(self, strategy: Strategy, model: nn.Module | None, seed: int, **options: Any) -> None:
         super().__init__(**options)
         self._strategy, self._seed = strategy, seed
-        self._layout = lambda arrays: layout_for(arrays, model)
+        self._layout: Callable[[ArrayRecord], Layout] = partial(layout_for, model=model)
         self._state = dict[str, Any]()  # the strategy's, with arrays for tensors
         self._counted = dict[int, int]()  # for each node the last round in which it was counted
-        self._cohort, self._population = list[int](), 0
+        self._cohort, self._population, self._order = list[int](), 0, list[int]()
         self._before: Parameters[Tensor] | None = None  # the round's model
 
     # --- training ----------------------------------------------------------------------------------------------------
@@ -77,7 +78,8 @@ class Hosted(FedAvg):
         if count > len(nodes):
             raise ExperimentError(f"a round wants {count} nodes, but there are {len(nodes)}; lower min_train_nodes")
         rng = seeds.stream(self._seed, "cohort", server_round)
-        return [nodes[i] for i in rng.choice(len(nodes), size=count, replace=False)]
+        self._order = [int(i) for i in rng.choice(len(nodes), size=count, replace=False)]
+        return [nodes[i] for i in self._order]
 
     def _messages(self, number: int, config: ConfigRecord, nodes: Sequence[int], kind: str) -> list[Message]:
         sent, about = self._sent(), {**config, "server-round": number}
@@ -91,7 +93,7 @@ class Hosted(FedAvg):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Sums in the order of the clients' names, whatever came first. RoundError if nobody is counted."""
+        """Sums in an order of the clients, whatever came first. RoundError if nobody is counted."""
         replies = list(replies)
         if not (replies or self._cohort):
             return None, None
@@ -110,8 +112,8 @@ class Hosted(FedAvg):
         return record(self._model(self._sent().parameters).named()), _means([update for _, update in updates])
 
     def _updates(self, number: int, replies: Sequence[Message]) -> list[tuple[int, Update[Tensor]]]:
-        """Those that count, with their nodes, in the order of the clients' names; others are told in the log."""
-        found = list[tuple[str, int, Update[Tensor]]]()
+        """Those that count, with their nodes, in the order of the sum; others are told in the log."""
+        found = list[tuple[int, int, Update[Tensor]]]()
         for reply in replies:
             node = reply.metadata.src_node_id
             try:
@@ -120,13 +122,19 @@ class Hosted(FedAvg):
                 found.append(self._entry(reply, number))
             except InvalidUpdate as error:
                 log.warning("round %d, node %d: %s", number, node, error)
-        return [(node, update) for _, node, update in sorted(found, key=lambda entry: (len(entry[0]), entry[0]))]
+        return [(node, update) for _, node, update in sorted(found, key=lambda entry: entry[:2])]
 
-    def _entry(self, reply: Message, number: int) -> tuple[str, int, Update[Tensor]]:
-        """A reply's client, node and update; InvalidUpdate if it must not be counted."""
+    def _place(self, client: int) -> int:
+        """Where a client stands in the sum: where everybody is asked, as in a simulation with the same seed."""
+        everybody = len(self._order) == self._population
+        return self._order.index(client) if everybody and client in self._order else client
+
+    def _entry(self, reply: Message, number: int) -> tuple[int, int, Update[Tensor]]:
+        """A reply's place in the sum, its node and update; InvalidUpdate if it must not be counted."""
         content, node, before = reply.content, reply.metadata.src_node_id, self._model(self._sent().parameters)
         if "update" in content:
-            client, layout = str(content["client"]["name"]), content["client"]["layout"]
+            about: Any = content.config_records["client"]
+            client, place, layout = str(about["name"]), self._place(int(about["number"])), about["layout"]
             if layout != before.layout.hash:
                 raise ExperimentError(
                     "the clients' model is not that of the initial arrays, or has parts (frozen, buffers) that their "
@@ -134,10 +142,11 @@ class Hosted(FedAvg):
                 )
             update = decode_update(content)
         else:
-            client, update = str(node), self._foreign(content, before)
+            client, place = str(node), self._cohort.index(node)
+            update = self._foreign(content, before)
         declared = self._strategy.reply(self._sent())
         check_update(update, before.layout, declared, client, number)
-        return client, node, update.map(torch.from_numpy)
+        return place, node, update.map(torch.from_numpy)
 
     def _foreign(self, content: RecordDict, before: Parameters[Tensor]) -> Update[np.ndarray]:
         """The update in the reply of a ClientApp that knows nothing of Shoal."""

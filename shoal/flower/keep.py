@@ -81,7 +81,7 @@ def attributes(strategy: Strategy) -> dict[str, Any]:
     """
     found = dict[str, Any]()
     for name, value in vars(strategy).items():
-        frozen = is_dataclass(value) and value.__dataclass_params__.frozen  # type: ignore[attr-defined]
+        frozen = is_dataclass(value) and getattr(value, "__dataclass_params__").frozen  # noqa: B009
         if isinstance(value, Strategy):
             found[name] = attributes(value)
         elif not (frozen or callable(value) or isinstance(value, ModuleType)):

@@ -23,6 +23,7 @@ from shoal.protos.errors import ExperimentError
 from shoal.protos.parameters import Parameters
 from shoal.simulations.datasets import Dataset
 from shoal.simulations.federated import FederatedData
+from shoal.simulations.fleet import one_thread
 from shoal.strategies.base import Mine, Strategy, Update
 from shoal.strategies.fedavg import FedAvg
 from shoal.strategies.fedprox import FedProx
@@ -74,12 +75,14 @@ class _Legacy(NumPyClient):
         self._member, self._context = member, context
 
     def fit(self, parameters: list[np.ndarray], config: dict[str, Any]) -> Any:
-        found = self._member.trained(self._content(parameters, config), self._context)
+        with one_thread():
+            found = self._member.trained(self._content(parameters, config), self._context)
         metrics: dict[str, Any] = dict(found["metrics"])
-        return found["arrays"].to_numpy_ndarrays(), int(metrics.pop("num-examples")), metrics
+        return found.array_records["arrays"].to_numpy_ndarrays(), int(metrics.pop("num-examples")), metrics
 
     def evaluate(self, parameters: list[np.ndarray], config: dict[str, Any]) -> Any:
-        found = self._member.measured(self._content(parameters, config), self._context)
+        with one_thread():
+            found = self._member.measured(self._content(parameters, config), self._context)
         metrics: dict[str, Any] = dict(found["metrics"])
         return float(metrics.pop("loss")), int(metrics.pop("num-examples")), metrics
 
@@ -125,10 +128,12 @@ class Member:
         return self.participant
 
     def train(self, message: Message, context: Context) -> Message:
-        return Message(self.trained(message.content, context), reply_to=message)
+        with one_thread():  # as in Shoal's own engines, for the same bits
+            return Message(self.trained(message.content, context), reply_to=message)
 
     def evaluate(self, message: Message, context: Context) -> Message:
-        return Message(self.measured(message.content, context), reply_to=message)
+        with one_thread():
+            return Message(self.measured(message.content, context), reply_to=message)
 
     def trained(self, content: RecordDict, context: Context) -> RecordDict:
         """The reply to a message that asks to train."""
@@ -150,7 +155,7 @@ class Member:
             ) from error
         _stage(context, after, number)
         if OURS in content:
-            return encode_update(update, client, model.layout.hash)
+            return encode_update(update, client, int(context.node_config["partition-id"]), model.layout.hash)
         _settle(context)  # a foreign server tells nobody who was counted
         return _plain(model, update)
 
@@ -214,4 +219,4 @@ def _settled(context: Context, content: RecordDict) -> Mine | None:
             _settle(context)
         else:
             del context.state[STAGED], context.state[STAGED_IN]
-    return tensors(context.state[SETTLED]) if SETTLED in context.state else None
+    return tensors(context.state.array_records[SETTLED]) if SETTLED in context.state else None

@@ -26,7 +26,7 @@ from flwr.serverapp import ServerApp
 
 from shoal.client.process import cores
 from shoal.execute import versions
-from shoal.flower.app import App, FlowerApp, GivenApp, Scalar
+from shoal.flower.app import App, FlowerApp, GivenApp, Scalar, changed
 from shoal.flower.compat import SERVER, context, empty_run, identify, logging_to
 from shoal.flower.grid import Node, ShoalGrid, node_ids
 from shoal.flower.ledger import Ledger
@@ -64,7 +64,7 @@ def run(
     ExperimentError if it is no app or cannot be loaded; RunError if its server fails, or nobody answers it.
     """
     found: Any
-    found = GivenApp(*app, dict(overrides)) if isinstance(app, tuple) else FlowerApp.read(app, overrides)
+    found = GivenApp(*app, changed(overrides)) if isinstance(app, tuple) else FlowerApp.read(app, overrides)
     play = Play(found, found.nodes if nodes is None else nodes, seed, cores() if workers is None else workers)
     return played(play, Path(out), progress)
 

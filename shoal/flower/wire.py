@@ -9,7 +9,7 @@ back
 ``update``              ``delta``, and ``buffers`` and ``counters`` where the model has any, as vectors
 ``shoal``               the strategy's own tensors
 ``metrics``             ``num-examples``, ``steps``, ``lr-sum`` and what the client has measured
-``client``              its name, and the hash of its model's layout
+``client``              its name, its number in the experiment's data, and the hash of its model's layout
 ======================  =============================================================================================
 """
 
@@ -44,7 +44,7 @@ def encode_sent(
 
 def decode_sent(content: RecordDict, parameters: Tensor) -> Sent[Tensor]:
     """What a strategy's client half gets; of a foreign strategy's message nothing but the parameters."""
-    extra = tensors(content[OURS]) if OURS in content else {}
+    extra = tensors(content.array_records[OURS]) if OURS in content.array_records else {}
     config = content.config_records.get("config", ConfigRecord())
     settings: dict[str, Any] = {
         name.removeprefix(SETTING): value for name, value in config.items() if name.startswith(SETTING)
@@ -52,7 +52,7 @@ def decode_sent(content: RecordDict, parameters: Tensor) -> Sent[Tensor]:
     return Sent(parameters, extra, settings)
 
 
-def encode_update(update: Update[Tensor], client: str, layout: str) -> RecordDict:
+def encode_update(update: Update[Tensor], client: str, number: int, layout: str) -> RecordDict:
     """The reply of one node."""
     vectors = {"delta": update.delta}
     vectors |= {} if update.buffers is None else {"buffers": update.buffers}
@@ -63,7 +63,7 @@ def encode_update(update: Update[Tensor], client: str, layout: str) -> RecordDic
             "update": record(vectors),
             OURS: record(update.tensors),
             "metrics": MetricRecord({**update.metrics, **numbers}),
-            "client": ConfigRecord({"name": client, "layout": layout}),
+            "client": ConfigRecord({"name": client, "number": number, "layout": layout}),
         }
     )
 
@@ -71,10 +71,10 @@ def encode_update(update: Update[Tensor], client: str, layout: str) -> RecordDic
 def decode_update(content: RecordDict) -> Update[np.ndarray]:
     """An update as it came, unchecked; InvalidUpdate if records are missing."""
     try:
-        vectors = {name: array.numpy() for name, array in content["update"].items()}
-        metrics: dict[str, Any] = dict(content["metrics"])
+        vectors = {name: array.numpy() for name, array in content.array_records["update"].items()}
+        metrics: dict[str, Any] = dict(content.metric_records["metrics"])
         numbers = {field: metrics.pop(name) for name, field in NUMBERS.items()}
-        own = {name: array.numpy() for name, array in content[OURS].items()}
+        own = {name: array.numpy() for name, array in content.array_records[OURS].items()}
         return Update(
             vectors["delta"],
             **numbers,

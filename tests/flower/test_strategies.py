@@ -104,8 +104,10 @@ def test_inside_flower_it_is_the_same_algorithm(strategy: shoal.Strategy, tmp_pa
     assert list(run.metrics.index) == [1, 2, 3] and "clients_loss" in run.metrics
 
 
-def test_two_clients_give_the_same_bits(tmp_path: Path) -> None:
-    e = experiment(2, shoal.Scaffold(), dtype="float32")
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", [shoal.Scaffold(), shoal.FedNova()], ids=lambda s: type(s).__name__)
+def test_where_everybody_is_asked_the_bits_are_the_same(strategy: shoal.Strategy, tmp_path: Path) -> None:
+    e = experiment(5, strategy, dtype="float32")
     expected, found = own(e, tmp_path), read_arrays(inside(e, tmp_path).path)
 
     assert all(np.array_equal(found[name], array) for name, array in expected.items())
