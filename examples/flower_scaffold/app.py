@@ -4,6 +4,8 @@ shoal flower run examples/flower_scaffold --nodes 2      # on Shoal
 flwr run examples/flower_scaffold                        # on Flower: its simulation, or a SuperLink with SuperNodes
 """
 
+from typing import Any
+
 import numpy as np
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
@@ -43,4 +45,5 @@ def main(grid: Grid, context: Context) -> None:
     strategy = shoal.flower.strategy(e.strategy, seed=e.seed, fraction_evaluate=0.0)
     result = strategy.start(grid, shoal.flower.initial_arrays(e), num_rounds=int(config["rounds"]))
     if config["result"]:
-        np.savez(str(config["result"]), **{name: array.numpy() for name, array in result.arrays.items()})
+        arrays: dict[str, Any] = {name: array.numpy() for name, array in result.arrays.items()}
+        np.savez(str(config["result"]), **arrays)

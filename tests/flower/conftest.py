@@ -23,8 +23,8 @@ def play(tmp_path: Path) -> Play:
     def _play(name: str, config: dict[str, Any] | None = None, **how: Any) -> tuple[Run, list[np.ndarray]]:
         result = tmp_path / "result.npz"
         result.unlink(missing_ok=True)
-        how = {"nodes": 4, "workers": 0, "out": tmp_path / "runs", "progress": "none"} | how
-        done = run(APPS / name, {"result": str(result), **(config or {})}, **how)
+        options: dict[str, Any] = {"nodes": 4, "workers": 0, "out": tmp_path / "runs", "progress": "none"} | how
+        done = run(APPS / name, {"result": str(result), **(config or {})}, **options)
         if not result.exists():
             return done, []
         with np.load(result) as arrays:

@@ -15,6 +15,7 @@ from flwr.clientapp import ClientApp
 from typer.testing import CliRunner
 
 from shoal.cli import app as command
+from shoal.flower.app import GivenApp
 from shoal.flower.compat import context, identify, name_message
 from shoal.flower.stage import Workers
 from shoal.flower.turns import Turn
@@ -27,7 +28,7 @@ def without_client_1(first: int) -> np.ndarray:
     w = np.zeros(2)
     for round in (1, 2, 3):
         cohort = [0, 1, 2, 3] if round < first else [0, 2, 3]
-        w = sum((1 + k) * (0.5 * w + k) for k in cohort) / sum(1 + k for k in cohort)
+        w = np.sum([(1 + k) * (0.5 * w + k) for k in cohort], axis=0) / sum(1 + k for k in cohort)
     return w
 
 
@@ -89,14 +90,14 @@ def test_who_waits_behind_a_client_that_hangs_is_played_by_another_process() -> 
     """One process. What is abandoned ends with it, and so would what comes next."""
 
     def nap(message: Message, context: Context) -> Message:
-        time.sleep(float(message.content["c"]["seconds"]))
+        time.sleep(float(str(message.content.config_records["c"]["seconds"])))
         return Message(message.content, reply_to=message)
 
     app = ClientApp()
     app.query()(nap)
     about = context(1, 2, {}, {})
     identify(1)
-    with closing(Workers(app, 1, 1)) as stage:
+    with closing(Workers(GivenApp(None, app), 1, 1)) as stage:
         asked = []
         for number, seconds in enumerate((600.0, 0.0)):
             message = Message(RecordDict({"c": ConfigRecord({"seconds": seconds})}), 2, "query")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.server import strategy as legacy
 from flwr.serverapp import ServerApp
@@ -134,7 +134,9 @@ def test_an_update_that_was_not_counted_leaves_no_state(tmp_path: Path) -> None:
     @app.main()
     def main(grid: Any, context: Any) -> None:
         strategy.start(grid=grid, initial_arrays=shoal.flower.initial_arrays(e), num_rounds=6)
-        list(grid.send_and_receive(strategy.configure_evaluate(7, shoal.flower.initial_arrays(e), {}, grid)))
+        list(
+            grid.send_and_receive(strategy.configure_evaluate(7, shoal.flower.initial_arrays(e), ConfigRecord(), grid))
+        )
         states.extend(node.context.state for node in grid.nodes.values())
 
     shoal.flower.run((app, client), nodes=4, seed=1, workers=0, out=tmp_path, progress="none")
@@ -152,7 +154,7 @@ def test_any_client_app_will_do_where_the_client_half_is_plain(tmp_path: Path) -
     @client.train()
     def train(message: Message, context: Any) -> Message:
         k = int(context.node_config["partition-id"])
-        w = message.content["arrays"]["w"].numpy() + k
+        w = message.content.array_records["arrays"]["w"].numpy() + k
         metrics = MetricRecord({"num-examples": 1 + k})
         return Message(RecordDict({"arrays": ArrayRecord({"w": Array(w)}), "metrics": metrics}), reply_to=message)
 

@@ -9,7 +9,14 @@ from flwr.serverapp.strategy import FedXgbBagging
 
 client = ClientApp()
 server = ServerApp()
-PARAMETERS = {"objective": "reg:squarederror", "max_depth": 2, "eta": 0.3, "nthread": 1, "tree_method": "exact"}
+PARAMETERS = {
+    "objective": "reg:squarederror",
+    "max_depth": 2,
+    "eta": 0.3,
+    "nthread": 1,
+    "base_score": 0.5,
+    "tree_method": "exact",
+}
 
 
 def data(partition: int) -> xgboost.DMatrix:
