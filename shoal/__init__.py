@@ -10,6 +10,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from shoal import flower as flower
     from shoal.client.client import Client as Client
     from shoal.client.client import Work as Work
     from shoal.client.local import LocalTraining as LocalTraining
@@ -192,6 +193,7 @@ __all__ = [
     "Work",
     "compare",
     "datasets",
+    "flower",
     "lora",
     "resume",
 ]
@@ -200,6 +202,8 @@ __all__ = [
 def __getattr__(name: str) -> object:
     if name == "datasets":
         return import_module("shoal.simulations.datasets")
+    if name == "flower":
+        return import_module("shoal.flower")
     if name == "__version__":
         return version("shoal")
     if name in _HOMES:

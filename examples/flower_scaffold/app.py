@@ -12,7 +12,6 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 import shoal
-import shoal.flower
 
 STRATEGIES = {"scaffold": shoal.Scaffold(), "fednova": shoal.FedNova()}
 

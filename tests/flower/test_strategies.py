@@ -236,3 +236,14 @@ def test_what_is_no_strategy_of_flowers() -> None:
         shoal.flower.simulate(experiment(2), shoal.FedAvg())  # type: ignore[arg-type]
     with pytest.raises(ExperimentError, match="leave the experiment's own at FedAvg"):
         shoal.flower.simulate(experiment(2, shoal.Scaffold()), flower.FedAvg())
+
+
+@pytest.mark.slow
+def test_workers_give_the_same_bits(tmp_path: Path) -> None:
+    found = []
+    for workers in (0, 2):
+        e = experiment(4, model=plain, dtype="float32")
+        done = shoal.flower.simulate(e, flower.FedAdam(), workers=workers, out=tmp_path, progress="none")
+        found.append(read_arrays(done.path))
+
+    assert all(np.array_equal(found[0][name], found[1][name]) for name in found[0])
