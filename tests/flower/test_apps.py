@@ -15,7 +15,13 @@ TOLERANCES = {"secagg": 1e-3, "trees": 1e-5}  # one rounds at random, the other 
 NEEDS = {"sklearn_logistic": "sklearn", "trees": "xgboost"}
 
 
-@pytest.mark.parametrize("name", sorted(path.parent.name for path in APPS.glob("*/pyproject.toml")))
+NAMES = sorted(path.parent.name for path in APPS.glob("*/pyproject.toml"))
+HEAVY = {"sklearn_logistic", "torch_adam", "trees"}  # to import
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in HEAVY else name for name in NAMES]
+)
 def test_the_result_is_flwrs(name: str, play: Play) -> None:
     if name in NEEDS:
         pytest.importorskip(NEEDS[name])
