@@ -73,7 +73,7 @@ class Ledger:
     def miss(self, number: int, client: str, node: int) -> None:
         """Nobody waits for this client any more."""
         with self._lock:
-            failure = Failure(client, number, f"client {client!r} (node {node}) did not answer in time")
+            failure = Failure(client, number, f"client {client!r} (node {node}) did not answer in time", kind="late")
             if number == self._round.number:
                 self._round.failures.append(failure)
             for observer in self._observers:

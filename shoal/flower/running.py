@@ -215,7 +215,7 @@ class Execution:
             if isinstance(error, SystemExit) and not error.code:
                 return
             shown = "".join(traceback.format_exception(error))
-            self.folder.log("the ServerApp failed", reason=str(error), traceback=shown)
+            self.folder.log("server failed", reason=str(error), traceback=shown)
             self.show.note(shown.rstrip())
             raise RunError(f"the ServerApp of {app.name} raised {type(error).__name__}: {error}") from error
 

@@ -61,7 +61,10 @@ def test_the_traceback_is_kept(play: Play) -> None:
     done, _ = play("failing")
     events = [json.loads(line) for line in (done.path / "log.jsonl").read_text().splitlines()]
 
-    assert [event["event"] for event in events] == ["client failed"] * 2
+    assert [(event["kind"], event["client"], event["round"]) for event in events] == [
+        ("failed", "1", 2),
+        ("failed", "1", 3),
+    ]
     assert 'raise ValueError("no data today")' in events[0]["traceback"]
 
 

@@ -176,7 +176,9 @@ class Interrupting(Silent):
             signal.raise_signal(signal.SIGINT)
 
 
-@pytest.mark.parametrize("name", ["averaging", "stateful", "torch_adam", "private", "cohorts"])
+@pytest.mark.parametrize(
+    "name", ["averaging", "stateful", pytest.param("torch_adam", marks=pytest.mark.slow), "private", "cohorts"]
+)
 def test_an_interrupted_run_goes_on_to_the_same_bits(
     name: str, play: Play, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,7 +194,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
     assert done.status == "finished"
     assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
     assert done.metrics.index.is_unique and done.metrics.index[-1] == len(done.metrics) - (0 in done.metrics.index)
-    assert any(line["event"] == "resumed" and line["round"] == 1 for line in lines(done.path / "log.jsonl"))
+    assert any(line["kind"] == "resumed" and line["round"] == 1 for line in lines(done.path / "log.jsonl"))
 
 
 @pytest.mark.parametrize(
