@@ -12,20 +12,28 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from flwr.app import Message, MetricRecord, RecordDict
 
 from shoal.flower.turns import Answer, round_in, size
 from shoal.protos.messages import Failure
-from shoal.server.coordinator import Observer, Round
+from shoal.protos.parameters import Layout
+from shoal.server.callbacks import Callback
+from shoal.server.checkpoints import Checkpoint
+from shoal.server.coordinator import Round
 from shoal.server.fleet import Report
+from shoal.strategies.sums import Carried
 
 __all__ = ["Ledger", "numbers_of"]
+
+# An app's model is its own: a round of it leaves no value of Shoal's behind.
+NOTHING = Checkpoint(0, {}, Carried(torch.empty(0), torch.empty(0)), Layout(()))
 
 
 class Ledger:
     """Tells ``observers`` of each round, from whatever thread. ``names`` says which client a node is."""
 
-    def __init__(self, observers: list[Observer], names: Mapping[int, str], first: int = 1) -> None:
+    def __init__(self, observers: list[Callback], names: Mapping[int, str], first: int = 1) -> None:
         self._observers, self._names, self._lock = observers, names, threading.RLock()
         self.asked, self.answered = Counter[str](), Counter[str]()  # by kind, in the whole run
         self._offset = 0
@@ -93,7 +101,7 @@ class Ledger:
     def initial(self, numbers: Mapping[str, float]) -> None:
         """What it has found of the initial model, as round 0."""
         for observer in self._observers:
-            observer.on_round(Round(0, numbers))
+            observer.on_round_end(Round(0, numbers), NOTHING)
 
     def close(self) -> None:
         """The round in progress is over, if anything happened in it."""
@@ -107,7 +115,7 @@ class Ledger:
                     for observer in self._observers:
                         observer.on_evaluations(done.number, _in_order(reports))
             for observer in self._observers:
-                observer.on_round(done.finished())
+                observer.on_round_end(done.finished(), NOTHING)
 
 
 class _Open:

@@ -20,6 +20,7 @@ from shoal.flower import run
 from shoal.flower.keep import read_arrays
 from shoal.progress import Silent
 from shoal.protos.errors import ExperimentError, RunError
+from shoal.server.checkpoints import Checkpoint
 from shoal.server.coordinator import Round
 from tests.flower.conftest import APPS, Play
 
@@ -171,7 +172,7 @@ class Interrupting(Silent):
     def __init__(self, when: int = 2) -> None:
         self._when = when
 
-    def on_round(self, round: Round) -> None:
+    def on_round_end(self, round: Round, point: Checkpoint) -> None:
         if round.number == self._when:
             signal.raise_signal(signal.SIGINT)
 
