@@ -51,8 +51,10 @@ WIDTH |= {FieldDescriptor.CPPTYPE_INT64: (-(2**63), 2**63), FieldDescriptor.CPPT
 
 
 def mutated(message: Message, rng: random.Random) -> None:
-    """Change one field, somewhere in the message."""
+    """Change one field, somewhere in the message; a message without fields stays as it is."""
     holder = _somewhere(message, rng)
+    if not holder.DESCRIPTOR.fields:
+        return
     field: Any = rng.choice(list(holder.DESCRIPTOR.fields))
     if not field.is_repeated:
         _set(holder, field, rng)
