@@ -94,6 +94,7 @@ def main() -> None:
     if asked.only:
         before = json.loads((ROOT / RESULTS).read_text("utf-8"))["targets"]
         found["targets"] += [row for row in before if row["target"] != asked.only]
+        found["targets"].sort(key=lambda row: list(TARGETS).index(row["target"]))
     print(table(found))
     if asked.publish:
         (ROOT / RESULTS).write_text(json.dumps(found, indent=1) + "\n", "utf-8")
