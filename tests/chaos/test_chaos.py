@@ -47,6 +47,8 @@ def test_results_are_counted_by_fault() -> None:
         "identical": 3,
         "recovery_p50": 2.0,
         "recovery_p95": 2.9,
+        "hits": [[True, True, 1.0], [True, True, 2.0], [True, True, 3.0], [True, False, None]],
     }
+    assert counted([bad], counted([good]))["rows"] == results["rows"]
     assert results["failed"] == [{"seed": 2, "problems": ["it hung"], "again": bad.command}]
     assert "| all connections reset | 1 | 0 | 0 | – | – |" in rendered(results)

@@ -65,7 +65,7 @@ def test_an_upload_of_a_process_that_was_replaced_ends(
     go.set()
 
     assert refused(lambda: call.result(WAIT))[0] == Status.UNAUTHENTICATED
-    assert second.begin(nonce, BIG[0]) == CHUNK
+    assert second.begin(nonce, BIG[0]) in (CHUNK, 2 * CHUNK)  # the second chunk may have come before the other process
 
 
 def test_one_who_leaves_is_told_of_once(serve: Serve, join: Join, event: Wait) -> None:

@@ -49,6 +49,7 @@ def serving() -> Iterator[Serving]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)  # six processes, on a machine that does other things too
 def test_a_server_is_looked_at_while_a_round_goes_on(start: Start, shards: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
