@@ -74,8 +74,9 @@ class _Target:
             self._call(kind, message.replace(SESSION, self._peer.session.encode()).replace(NONCE, nonce))
         self._serving.call(self._serving.hub.end, order, "over")
         self._journal.forget(0)
-        while not self._serving.events.empty():  # as a coordinator would
-            self._serving.events.get_nowait()
+        for queue in (self._serving.events, self._peer._heard):  # as a coordinator and a client would
+            while not queue.empty():
+                queue.get_nowait()
 
         assert not self._serving.call(lambda: self._serving.hub._open)
         assert not self._errors.said, self._errors.said
