@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean, stdev
 
-__all__ = ["publish", "spread", "table"]
+__all__ = ["publish", "spread", "standing", "table"]
 
 PAGE = Path(__file__).parents[2] / "docs" / "results.md"
 
@@ -33,3 +33,11 @@ def publish(name: str, text: str) -> None:
     begin, end = f"<!-- {name}: written by examples/papers/{name}.py -->\n", f"<!-- end of {name} -->"
     before, _, rest = PAGE.read_text("utf-8").partition(begin)
     PAGE.write_text(f"{before}{begin}\n{text}\n\n{stamp}\n\n{end}{rest.partition(end)[2]}", "utf-8")
+
+
+def standing(name: str) -> dict[str, list[str]]:
+    """The rows of a table that was published before, by their first cell."""
+    begin, end = f"<!-- {name}: written", f"<!-- end of {name} -->"
+    lines = PAGE.read_text("utf-8").partition(begin)[2].partition(end)[0].splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    return {row[0]: row for row in rows[2:]}  # below the head and its rule
