@@ -26,7 +26,7 @@ from shoal.strategies.sums import Carried
 
 __all__ = ["Checkpoint", "latest", "prune", "write"]
 
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,8 @@ def write(folder: Path, checkpoint: Checkpoint, keep: int = 2) -> None:
     aside.mkdir(parents=True)
     tensors, numbers = _flatten(checkpoint)
     payload = save({name: tensor.cpu().contiguous().numpy() for name, tensor in tensors.items()})
-    numbers["sha256"] = hashlib.sha256(payload).hexdigest()
+    numbers["tensors"] = hashlib.sha256(payload).hexdigest()
+    numbers["sha256"] = _digest(numbers)  # a bit that flips in a client's name would make another client of it
     write_synced(aside / "tensors.safetensors", [payload])
     write_synced(aside / "state.json", [json.dumps(numbers).encode()])
     shutil.rmtree(final, ignore_errors=True)
@@ -115,8 +116,10 @@ def _read(path: Path) -> Checkpoint:
     numbers = json.loads((path / "state.json").read_bytes())
     if "format" not in numbers or numbers["format"] != FORMAT:
         raise ValueError("it was written by another version of Shoal")
+    if numbers.pop("sha256") != _digest(numbers):
+        raise ValueError("state.json does not match its checksum")
     payload = (path / "tensors.safetensors").read_bytes()
-    if hashlib.sha256(payload).hexdigest() != numbers["sha256"]:
+    if hashlib.sha256(payload).hexdigest() != numbers["tensors"]:
         raise ValueError("tensors.safetensors does not match its checksum")
     found: dict[str, Any] = {"state": dict(numbers["state"]), "frozen": {}, "carried": {}}
     for key, array in load(payload).items():
@@ -129,6 +132,10 @@ def _read(path: Path) -> Checkpoint:
     carried = Carried(found["carried"]["buffers"], found["carried"]["counters"])
     noted = (numbers[name] for name in ("selector", "clients", "remembered", "stopped"))
     return Checkpoint(numbers["round"], found["state"], carried, layout, found["frozen"], *noted)
+
+
+def _digest(numbers: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(numbers).encode()).hexdigest()
 
 
 def _key(*path: str) -> str:

@@ -66,7 +66,7 @@ def test_writing_again_replaces(tmp_path: Path) -> None:
     assert len([*tmp_path.iterdir()]) == 1
 
 
-@pytest.mark.parametrize("damage", ["cut", "flip", "gone", "no json"])
+@pytest.mark.parametrize("damage", ["cut", "flip", "gone", "no json", "other json"])
 @pytest.mark.fault(21)
 def test_a_damaged_one_is_passed_over(tmp_path: Path, damage: str) -> None:
     write(tmp_path, checkpoint(1))
@@ -79,8 +79,12 @@ def test_a_damaged_one_is_passed_over(tmp_path: Path, damage: str) -> None:
         tensors.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     elif damage == "gone":
         tensors.unlink()
-    else:
+    elif damage == "no json":
         numbers.write_text("{")
+    else:  # one bit: another client, and it is still JSON
+        whole = numbers.read_text()
+        assert "a/b.c 'd'" in whole
+        numbers.write_text(whole.replace("a/b.c 'd'", "A/b.c 'd'"))
     read = latest(tmp_path)
 
     assert read is not None and read.round == 1
