@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import hashlib
 import shutil
@@ -99,8 +100,9 @@ class Incoming:
     def discard(self) -> None:
         with self._opening:
             self._gone = True
-            self._note.unlink(missing_ok=True)
-            self.path.unlink(missing_ok=True)
+            for path in (self._note, self.path):
+                with contextlib.suppress(OSError):  # the disk fails: the file goes when the journal forgets its round
+                    path.unlink(missing_ok=True)
 
 
 def _write_all(file: FileIO, data: bytes) -> None:
