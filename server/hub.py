@@ -266,9 +266,10 @@ class Hub:
         except (CodecError, InvalidUpdate) as error:
             failure = failure_of(assigned, str(error), kind="rejected")
             receipt = wire.Receipt(status=wire.Receipt.REJECTED, reason=str(error))
-        except OSError:  # the disk: the client may commit again
-            assigned.committing = None
-            raise
+        except OSError:
+            if assigned.nonce in self._open:  # the disk: the client may commit again
+                assigned.committing = None
+                raise
         except Exception as error:  # a defect of ours must not keep the round waiting for this answer
             reason = f"the server cannot examine the answer of client {assigned.client!r}: {error!r}"
             failure = failure_of(assigned, reason, traceback.format_exc(), "rejected")

@@ -204,6 +204,23 @@ def test_an_answer_that_is_examined_when_its_round_ends_leaves_nothing(
     assert spool() == []
 
 
+def test_an_answer_whose_file_went_with_its_round_is_no_trouble_with_the_disk(
+    begun: tuple[Serving, Peer, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serving, peer, nonce = begun
+    peer.upload(nonce, BIG[1])
+    examining, go = slowly(monkeypatch, "shoal.server.hub.examine")
+    call = peer.stub.Commit.future(wire.CommitRequest(session=peer.session, nonce=nonce))
+    assert examining.wait(WAIT)
+    (assigned,) = serving.hub._open.values()
+    serving.call(serving.hub.end, assigned.order, "over")
+    assigned.order.journal.forget(2**31)  # as the next round does
+    go.set()
+
+    assert refused(lambda: call.result(WAIT))[0] == Status.NOT_FOUND
+    assert serving.call(lambda: serving.board.disk) is None
+
+
 @pytest.mark.fault(12)
 def test_an_upload_whose_round_ends_is_told_so(
     begun: tuple[Serving, Peer, str], monkeypatch: pytest.MonkeyPatch, spool: Callable[[], list[str]]
