@@ -95,8 +95,10 @@ def test_fednova_wants_to_know_the_momentum() -> None:
 
 
 def test_fednova_without_a_step_is_refused(quadratic: Make) -> None:
-    with pytest.raises(InvalidUpdate, match="made none"):
-        FedNova().local(quadratic(double(1), double(0), 5.0, 0), Sent(double(1)), {})
+    update, _ = FedNova().local(quadratic(double(1), double(0), 5.0, 0), Sent(double(1)), {})
+    for steps in (update.steps, 0, 0.5):
+        with pytest.raises(InvalidUpdate, match="number of steps, and a client made 0"):
+            FedNova().contribute({}, replace(update, steps=steps), Context(0, 1, 1))
 
 
 # --- FedDyn ----------------------------------------------------------------------------------------------------------
