@@ -88,7 +88,7 @@ class RemoteFleet:
 
     @property
     def population(self) -> Sequence[str]:
-        """Every client that ever joined this run, whether it is connected or not."""
+        """The clients that the hub knows or that were counted, whether they are connected or not."""
         known = self._serving.call(lambda: list(self._serving.hub.known))
         return self._ordered({*known, *self._counted, *self._expected})
 
