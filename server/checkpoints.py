@@ -64,6 +64,8 @@ def write(folder: Path, checkpoint: Checkpoint, keep: int = 2) -> None:
     numbers["sha256"] = hashlib.sha256(payload).hexdigest()
     write_synced(aside / "tensors.safetensors", [payload])
     write_synced(aside / "state.json", [json.dumps(numbers).encode()])
+    for holding in (aside, folder.parent):  # the names of both files, and the first time that of ``folder``
+        sync_folder(holding)
     shutil.rmtree(final, ignore_errors=True)
     aside.rename(final)
     sync_folder(folder)
