@@ -72,6 +72,8 @@ class FedNova(Strategy):
     def refuses(self, local: LocalOptimizer) -> str | None:
         if local.optimizer != "sgd" or local.clip is not None:
             return "its normalisation is known for SGD only (without clipping)"
+        if local.nesterov:
+            return "its normalisation is that of heavy-ball momentum, not of Nesterov's"
         if local.momentum != self.momentum:
             return f"its momentum {self.momentum:g} must be that of local training, {local.momentum:g}"
         return None
