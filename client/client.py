@@ -68,8 +68,8 @@ class Work:
             weight.grad = part.clone() if weight.grad is None else weight.grad.add_(part)
 
     def _check(self, optimizer: torch.optim.Optimizer) -> None:
-        kind, momentum = type(optimizer).__name__, optimizer.param_groups[0].get("momentum", 0.0)
-        refusal = self._strategy.refuses(_Used(kind.lower(), momentum))
+        kind, group = type(optimizer).__name__, optimizer.param_groups[0]
+        refusal = self._strategy.refuses(_Used(kind.lower(), group.get("momentum", 0.0), group.get("nesterov", False)))
         if refusal:
             raise ExperimentError(f"strategy {type(self._strategy).__name__} is not valid with fit's {kind}: {refusal}")
 
@@ -80,6 +80,7 @@ class _Used:
 
     optimizer: str
     momentum: float
+    nesterov: bool
     clip: float | None = None
     weight_decay: float = 0.0
 

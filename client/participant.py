@@ -73,7 +73,7 @@ class Participant:
         """For dropout. Not ``torch.manual_seed``, which queues a seed for every device there might ever be."""
         torch.default_generator.manual_seed(seed)
         if self.net.flat.is_cuda:
-            torch.cuda.manual_seed(seed)
+            torch.cuda.default_generators[self.net.flat.device.index].manual_seed(seed)  # not the current device's
 
     def _trainer(self, client: str, round: int, shard: Shard, carried: Carried) -> LeanTrainer:
         turn = turn_of(self._local, self._seed, client, round, shard)

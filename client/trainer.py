@@ -199,7 +199,7 @@ class LeanTrainer:
         _in_training(net.module)
         net.restore(self._carried.buffers, self._carried.counters)
         net.flat.copy_(at)
-        total = torch.zeros_like(at) if backward else torch.zeros((), dtype=at.dtype)
+        total = torch.zeros_like(at) if backward else at.new_zeros(())
         for x, y in zip(torch.split(shard.x, 1024), torch.split(shard.y, 1024), strict=True):
             batch = self._batch(net.arrange(x.clone()), y)
             with torch.set_grad_enabled(backward):

@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import IO
+from weakref import WeakValueDictionary
 
 import grpc
 from grpc import aio
@@ -70,12 +71,13 @@ class Depot:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._turns: dict[bytes, asyncio.Lock] = {}
+        self._turns = WeakValueDictionary[bytes, asyncio.Lock]()  # as long as somebody fetches: contents are many
 
     async def fetch(self, link: Link, content: wire.Content) -> Path:
         """The file that holds the content; Over if the server does not offer it any more, InvalidUpdate if it fails."""
         path = self._folder / content.sha256.hex()
-        async with self._turns.setdefault(content.sha256, asyncio.Lock()):
+        turn = self._turns.setdefault(content.sha256, asyncio.Lock())
+        async with turn:
             if not path.is_file():
                 part = path.with_suffix(".part")
                 try:

@@ -65,6 +65,8 @@ def write(folder: Path, checkpoint: Checkpoint, keep: int = 2) -> None:
     numbers["sha256"] = _digest(numbers)  # a bit that flips in a client's name would make another client of it
     write_synced(aside / "tensors.safetensors", [payload])
     write_synced(aside / "state.json", [json.dumps(numbers).encode()])
+    for holding in (aside, folder.parent):  # the names of both files, and the first time that of ``folder``
+        sync_folder(holding)
     shutil.rmtree(final, ignore_errors=True)
     aside.rename(final)
     sync_folder(folder)

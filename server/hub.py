@@ -39,6 +39,7 @@ from shoal.server.spool import Incoming, Torn
 __all__ = ["Hub"]
 
 MISSED = 3  # heartbeats, after which a connection is taken for dead
+MOST = 2**17  # clients that are known: beyond, names that cost nothing go
 QUEUED = 64  # replies to one client: a client that does not read gets no more heartbeats
 
 
@@ -47,7 +48,7 @@ class Hub:
 
     def __init__(self, tell: Callable[[News], None], heartbeat: float = 30.0) -> None:
         self.tell, self.heartbeat = tell, heartbeat
-        self.known: dict[str, str] = {}  # every client that ever joined, with the identity it proved
+        self.known: dict[str, str] = {}  # the clients that ever joined, with the identities they proved
         self._sessions: dict[str, Session] = {}  # by token
         self._present: dict[str, Session] = {}  # by client
         self._seen: dict[str, float] = {}
@@ -88,6 +89,7 @@ class Hub:
                 before.close(f"{hello.client!r} has a newer connection", wire.Goodbye.COME_BACK)
         self._sessions[session.token] = self._present[session.client] = session
         self._seen[session.client] = session.seen
+        self._forget_names()
         welcome = wire.Welcome(version=version, software=software(), session=session.token, heartbeat=self.heartbeat)
         welcome.capabilities[:] = [name for name in hello.capabilities if name in CAPABILITIES]
         session.send(wire.ConnectReply(welcome=welcome))
@@ -97,6 +99,14 @@ class Hub:
         if before is None or before.instance != hello.instance:
             self.tell(Joined(session.client, peer, identity))
         return session
+
+    def _forget_names(self) -> None:
+        """Without TLS anybody may come under any number of names: the oldest goes that is gone and has no task."""
+        if len(self.known) > MOST:
+            here = {*self._present, *(assigned.client for assigned in self._open.values())}
+            gone = next((name for name, identity in self.known.items() if not identity and name not in here), None)
+            if gone is not None:
+                del self.known[gone], self._seen[gone]
 
     def leave(self, session: Session, reason: str) -> None:
         """The connection is gone; the client's task stays open until its lease ends."""
@@ -266,9 +276,10 @@ class Hub:
         except (CodecError, InvalidUpdate) as error:
             failure = failure_of(assigned, str(error), kind="rejected")
             receipt = wire.Receipt(status=wire.Receipt.REJECTED, reason=str(error))
-        except OSError:  # the disk: the client may commit again
-            assigned.committing = None
-            raise
+        except OSError:
+            if assigned.nonce in self._open:  # the disk: the client may commit again
+                assigned.committing = None
+                raise
         except Exception as error:  # a defect of ours must not keep the round waiting for this answer
             reason = f"the server cannot examine the answer of client {assigned.client!r}: {error!r}"
             failure = failure_of(assigned, reason, traceback.format_exc(), "rejected")

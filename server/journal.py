@@ -134,9 +134,15 @@ class Journal:
             sync_folder(self.folder)
         with self._transaction() as database:
             database.execute(
-                "UPDATE task SET header = ?, identity = ?, taken = (SELECT 1 + count(taken) FROM task) WHERE nonce = ?",
+                "UPDATE task SET header = ?, identity = ?, taken = (SELECT 1 + coalesce(max(taken), 0) FROM task) "
+                "WHERE nonce = ?",
                 (header, identity, nonce),
             )
+
+    def give_up(self, nonce: str) -> None:
+        """An answer that was taken cannot be counted: where the round goes on anew, its client is asked again."""
+        with self._transaction() as database:
+            database.execute("UPDATE task SET header = NULL, identity = NULL, taken = NULL WHERE nonce = ?", (nonce,))
 
     def forget(self, but: int) -> None:
         """Drop all rounds but this one. What those before it gave, a checkpoint holds.

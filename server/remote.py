@@ -88,7 +88,7 @@ class RemoteFleet:
 
     @property
     def population(self) -> Sequence[str]:
-        """Every client that ever joined this run, whether it is connected or not."""
+        """The clients that the hub knows or that were counted, whether they are connected or not."""
         known = self._serving.call(lambda: list(self._serving.hub.known))
         return self._ordered({*known, *self._counted, *self._expected})
 
@@ -229,9 +229,10 @@ class RemoteFleet:
             payload = mapped(self._journal.payload(answer.nonce))
             update = decode_update(answer.header, payload, verify=False).map(_to_tensor)
             total = contribute(self._terms.strategy, ask.state, update, ask.context)
-        except ShoalError as error:
-            failure = Failure(answer.client, ask.context.round, str(error), kind="rejected")
-            return Part(position, None, (), [failure])
+        except (ShoalError, ArithmeticError) as error:  # numbers with which a strategy cannot compute
+            self._patience(lambda: self._journal.give_up(answer.nonce))
+            reason = f"the update of client {answer.client!r} cannot be counted: {error}"
+            return Part(position, None, (), [Failure(answer.client, ask.context.round, reason, kind="rejected")])
         down, up = order.payload.content.total_bytes, content_of(answer.header)[2]
         return Part(position, total, [Report.of(answer.client, update, down, up)])
 

@@ -75,14 +75,16 @@ class RunFolder(Callback):
             ) from error
         slug = re.sub(r"[^\w.-]+", "-", name).strip("-.")[:60] or "run"
         while True:
-            taken = [int(m[1]) for p in root.iterdir() if (m := NUMBERED.match(p.name))]
-            path = root / f"{max(taken, default=0) + 1:04d}-{slug}"
+            number = max(_numbers(root), default=0) + 1
+            path = root / f"{number:04d}-{slug}"
             announce(path)
             try:
                 path.mkdir()
             except FileExistsError:
                 continue
-            return cls(path)
+            if _numbers(root).count(number) == 1:
+                return cls(path)
+            path.rmdir()  # another process has this number, with another name
 
     @classmethod
     def make(cls, path: Path) -> RunFolder:
@@ -211,6 +213,10 @@ class RunFolder(Callback):
                     whole = (line for line in file if line.endswith(b"\n"))
                     kept = (line for line in whole if name == "log.jsonl" or not _is_later(line, round))
                     write_whole(self.path / name, kept)
+
+
+def _numbers(root: Path) -> list[int]:
+    return [int(m[1]) for path in root.iterdir() if (m := NUMBERED.match(path.name))]
 
 
 def list_runs(root: Path) -> list[RunFolder]:

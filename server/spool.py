@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import hashlib
 import shutil
+import threading
 from collections.abc import Sequence
 from io import FileIO
 from pathlib import Path
@@ -36,6 +38,7 @@ class Incoming:
         self._note = path.with_suffix(".header")
         self._sha256 = sha256
         self._gone = False
+        self._opening = threading.Lock()  # for a thread that comes late must not find the file of an answer begun anew
         self._turn = asyncio.Lock()  # an old connection may still be sending when the new one goes on
         self._digest: hashlib._Hash | None = hashlib.sha256()
         if total and self._begun():
@@ -59,8 +62,6 @@ class Incoming:
 
     async def _append(self, chunks: Sequence[wire.Chunk]) -> int:
         async with self._turn:
-            if self._gone:  # and the file, if there is one, is another answer's
-                raise CodecError(GONE)
             before = self.offset
             await asyncio.to_thread(self._write, chunks)
             return self.offset - before
@@ -68,7 +69,7 @@ class Incoming:
     def _write(self, chunks: Sequence[wire.Chunk]) -> None:
         """In a thread: going there and back costs as much as a chunk, so it is done once for all that wait."""
         try:
-            with self.path.open("r+b", buffering=0) as file:
+            with self._opened() as file:
                 file.seek(self.offset)  # and not the end, where a full disk may have left a part of a chunk
                 for chunk in chunks:
                     data = data_of(chunk, self.offset, self.total)
@@ -78,6 +79,12 @@ class Incoming:
                     self.offset += len(data)
         except FileNotFoundError as error:
             raise CodecError(GONE) from error
+
+    def _opened(self) -> FileIO:
+        with self._opening:
+            if self._gone:  # and the file, if there is one, is another answer's
+                raise CodecError(GONE)
+            return self.path.open("r+b", buffering=0)
 
     def complete(self) -> None:
         """CodecError if bytes are missing or are not those that were announced; Torn if they may be sent again."""
@@ -91,9 +98,11 @@ class Incoming:
             raise CodecError("the payload is not the one that was announced: its SHA-256 differs")
 
     def discard(self) -> None:
-        self._gone = True
-        self._note.unlink(missing_ok=True)
-        self.path.unlink(missing_ok=True)
+        with self._opening:
+            self._gone = True
+            for path in (self._note, self.path):
+                with contextlib.suppress(OSError):  # the disk fails: the file goes when the journal forgets its round
+                    path.unlink(missing_ok=True)
 
 
 def _write_all(file: FileIO, data: bytes) -> None:

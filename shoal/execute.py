@@ -29,6 +29,8 @@ from shoal.server.runs import RunFolder
 
 __all__ = ["Execution", "come_back", "environment", "versions"]
 
+PARTING = 10.0  # seconds for an abandoned round to leave everything in order
+
 
 @dataclass(frozen=True)
 class Execution:
@@ -108,6 +110,8 @@ def _interruptible(
 
     def handle(number: int, frame: FrameType | None) -> None:
         if coordinator.stopping and not coordinator.committing:
+            if grace is not None:
+                signal.setitimer(signal.ITIMER_REAL, PARTING)  # or the next alarm would cut off what is to be kept
             raise KeyboardInterrupt
         if not coordinator.stopping:
             coordinator.stop()

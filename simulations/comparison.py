@@ -158,7 +158,7 @@ class _Frame:
             **self._differences(scenario, arm, first),
             comparisons=self.comparisons,
             seeds_needed=seeds_needed(self.comparisons) if self.comparisons else 1,
-            **self._until(runs),
+            **self._until(scenario, runs),
             megabytes=_mean([_megabytes(run) for run in runs]),
             seconds=_mean([run["seconds"] for run in runs]),
             **self._clients(runs),
@@ -186,10 +186,13 @@ class _Frame:
             "p_holm": None,
         }
 
-    def _until(self, runs: Sequence[Summary]) -> dict[str, Any]:
-        """What it took to the target. A run that missed it counts with all rounds, also where it was stopped early."""
+    def _until(self, scenario: str, runs: Sequence[Summary]) -> dict[str, Any]:
+        """What it took to the target. A run that missed it counts with all rounds, also where it was stopped early.
+
+        Those are the scenario's: rounds may be what is varied.
+        """
         name, value = self.target or ("", None)
-        most = max((run["rounds"] for run in self.finished.values()), default=0)
+        most = max((run["rounds"] for (where, _, _), run in self.finished.items() if where == scenario), default=0)
         there = [run["target"][name] for run in runs] if name else []
         in_all = [{**run, "round": most} for run in runs] if name else []
         rounds, megabytes, seconds = (

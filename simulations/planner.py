@@ -180,6 +180,8 @@ def _unfit(assignment: Assignment, ask: Ask, engine: EngineName) -> str | None:
     local = assignment.local
     if assignment.client is not None:
         return "clients train in a fit of their own"
+    if vector(ask.state, "parameters").numel() == 1:
+        return "in a block the vectors of a model of one parameter look like numbers"
     if ask.deadline is not None:
         return "there is a deadline, so clients must not wait for each other"
     if engine == "fused" and (local.optimizer != "sgd" or local.momentum or local.clip is not None):

@@ -77,7 +77,11 @@ def _placed(shard: Shard, like: Tensor) -> Shard:
 @contextmanager
 def _drawing_from(generator: torch.Generator) -> Iterator[None]:
     """PyTorch's own generator is this one."""
-    own = torch.default_generator if generator.device.type == "cpu" else torch.cuda.default_generators[0]
+    own = (
+        torch.default_generator
+        if generator.device.type == "cpu"
+        else torch.cuda.default_generators[generator.device.index]
+    )
     before = own.get_state()
     own.set_state(generator.get_state())
     try:

@@ -51,12 +51,11 @@ class FedNova(Strategy):
     family = "client drift"
 
     def local(self, trainer: Trainer, sent: Sent, mine: Mine) -> tuple[Update, Mine]:
-        update = trainer.run(sent.parameters)
-        if isinstance(update.steps, float | int) and not update.steps > 0:
-            raise InvalidUpdate("FedNova divides by the number of steps, and a client made none")
-        return update, mine
+        return trainer.run(sent.parameters), mine
 
     def contribute(self, state: State, update: Update, context: Context) -> Terms:
+        if isinstance(update.steps, float | int) and not update.steps >= 1:
+            raise InvalidUpdate(f"FedNova divides by the number of steps, and a client made {update.steps:g}")
         weight, work = WeightedMean(self.weighting).weight(update), self._work(update.steps)
         return {"delta": Scaled(update.delta, weight / work), "weight": weight, "work": weight * work}
 
@@ -73,6 +72,8 @@ class FedNova(Strategy):
     def refuses(self, local: LocalOptimizer) -> str | None:
         if local.optimizer != "sgd" or local.clip is not None:
             return "its normalisation is known for SGD only (without clipping)"
+        if local.nesterov:
+            return "its normalisation is that of heavy-ball momentum, not of Nesterov's"
         if local.momentum != self.momentum:
             return f"its momentum {self.momentum:g} must be that of local training, {local.momentum:g}"
         return None

@@ -76,4 +76,6 @@ class MimeLite(Strategy):
     def refuses(self, local: LocalOptimizer) -> str | None:
         if local.optimizer != "sgd" or local.momentum:
             return "its momentum is the server's, over plain SGD"
+        if local.weight_decay:
+            return "its momentum is of the loss alone, beside which weight decay would count (1 − β) times"
         return None

@@ -100,7 +100,7 @@ POINTS = (
     Point("recorded", S, "shoal.server.runs:RunFolder.on_round_end", "the metrics are written", notes=_round),
     Point("audited", S, "shoal.server.audit:Audit.on_checkpoint", "the audit line is on the disk, no checkpoint is"),
     Point("written", S, f"{KEPT}:write_synced", "a checkpoint's files are there, aside", only=_is("state.json")),
-    Point("renamed", S, f"{KEPT}:sync_folder", "the checkpoint has its name, unsynced", before=True),
+    Point("renamed", S, f"{KEPT}:sync_folder", "the checkpoint has its name, unsynced", True, only=_is("checkpoints")),
     Point("kept", S, f"{KEPT}:write", "the checkpoint is on the disk, the journal still has its round"),
     Point("forgotten", S, f"{JOURNAL}:Journal.forget", "the journal has dropped the round"),
     Point("fetched", H, "shoal.client.transfer:Depot.fetch", "a task's content is here"),

@@ -19,6 +19,7 @@ from shoal.client.trainer import LeanTrainer, Turn, batches, turn_of
 from shoal.protos.errors import ExperimentError, InvalidUpdate
 from shoal.strategies.base import Drift, Strategy
 from shoal.strategies.fedavg import FedAvg
+from shoal.strategies.fednova import FedNova
 from shoal.strategies.scaffold import Scaffold
 from shoal.strategies.sums import Carried
 
@@ -287,6 +288,16 @@ def test_a_strategy_judges_the_optimizer_that_fit_uses() -> None:
     assert fit(WithAdam(), None).steps == 1
     with pytest.raises(ExperimentError, match=r"Scaffold is not valid with fit's Adam: .*plain SGD"):
         fit(WithAdam(), None, Scaffold())
+
+
+def test_a_strategy_hears_of_nesterovs_momentum_in_fit() -> None:
+    class WithNesterov(Client):
+        def fit(self, work: Work) -> None:
+            optimizer = torch.optim.SGD(work.model.parameters(), lr=0.1, momentum=0.9, nesterov=True)
+            work.step(functional.cross_entropy(work.model(work.data.x), work.data.y), optimizer)
+
+    with pytest.raises(ExperimentError, match=r"FedNova is not valid with fit's SGD: .*Nesterov"):
+        fit(WithNesterov(), None, FedNova(momentum=0.9))
 
 
 class InPlace(nn.Module):

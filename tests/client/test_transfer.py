@@ -240,6 +240,7 @@ async def test_only_the_newest_contents_are_kept(serve: Serve, connect: Connect,
             await depot.fetch(link, order.payload.content)
 
     assert sorted(path.read_bytes() for path in depot._folder.iterdir()) == [b"4", b"5", b"6", b"7"]
+    assert len(depot._turns) == 0
 
 
 # --- to the server ----------------------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ import os
 import random
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -202,6 +204,23 @@ def test_an_answer_that_is_examined_when_its_round_ends_leaves_nothing(
     assert spool() == []
 
 
+def test_an_answer_whose_file_went_with_its_round_is_no_trouble_with_the_disk(
+    begun: tuple[Serving, Peer, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serving, peer, nonce = begun
+    peer.upload(nonce, BIG[1])
+    examining, go = slowly(monkeypatch, "shoal.server.hub.examine")
+    call = peer.stub.Commit.future(wire.CommitRequest(session=peer.session, nonce=nonce))
+    assert examining.wait(WAIT)
+    (assigned,) = serving.hub._open.values()
+    serving.call(serving.hub.end, assigned.order, "over")
+    assigned.order.journal.forget(2**31)  # as the next round does
+    go.set()
+
+    assert refused(lambda: call.result(WAIT))[0] == Status.NOT_FOUND
+    assert serving.call(lambda: serving.board.disk) is None
+
+
 @pytest.mark.fault(12)
 def test_an_upload_whose_round_ends_is_told_so(
     begun: tuple[Serving, Peer, str], monkeypatch: pytest.MonkeyPatch, spool: Callable[[], list[str]]
@@ -242,6 +261,41 @@ def _half(self: Any, chunks: Sequence[wire.Chunk], number: int) -> None:
         file.seek(self.offset)
         file.write(data[: len(data) // 2])
     raise OSError(number, os.strerror(number))
+
+
+def test_a_file_that_the_disk_does_not_give_back_ends_neither_task_nor_round(
+    begun: tuple[Serving, Peer, str], monkeypatch: pytest.MonkeyPatch, event: Wait
+) -> None:
+    """Who is rejected is told so, and so is the coordinator; the next order is served."""
+    serving, peer, nonce = begun
+    peer.upload(nonce, BIG[1][:-1] + b"!")
+    (assigned,) = serving.hub._open.values()
+    with monkeypatch.context() as failing:
+        failing.setattr(Path, "unlink", _fail)
+        assert peer.commit(nonce).status == wire.Receipt.REJECTED
+        assert event(serving, Failed).nonce == nonce
+        serving.call(serving.hub.end, assigned.order, "over")
+    ask(serving)
+
+    assert peer.answer(peer.hear("offer").nonce, an_update()).status == wire.Receipt.ACCEPTED
+
+
+@pytest.mark.slow
+def test_a_file_that_the_disk_does_not_give_back_stops_no_lease(
+    begun: tuple[Serving, Peer, str], monkeypatch: pytest.MonkeyPatch, event: Wait
+) -> None:
+    serving, _, nonce = begun
+    (assigned,) = serving.hub._open.values()
+    monkeypatch.setattr(Path, "unlink", _fail)
+    assigned.order = replace(assigned.order, lease=0.0)
+
+    assert event(serving, Failed).nonce == nonce
+    ask(serving, lease=0.0)
+    assert event(serving, Failed).nonce != nonce
+
+
+def _fail(path: Path, missing_ok: bool = False) -> None:
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
 # --- answers that are refused -----------------------------------------------------------------------------------------

@@ -59,6 +59,24 @@ def test_the_newest_two_are_kept(tmp_path: Path) -> None:
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["round-00002", "round-00010"]
 
 
+def test_all_names_are_on_the_disk_before_the_checkpoint_has_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, synced = tmp_path / "checkpoints", dict[str, set[str]]()
+
+    def sync(path: Path) -> None:
+        synced[str(path.relative_to(tmp_path))] = {inside.name for inside in path.iterdir()}
+
+    monkeypatch.setattr("shoal.server.checkpoints.sync_folder", sync)
+    write(folder, checkpoint())
+
+    assert list(synced.items()) == [
+        ("checkpoints/.round-00003", {"tensors.safetensors", "state.json"}),
+        (".", {"checkpoints"}),
+        ("checkpoints", {"round-00003"}),
+    ]
+
+
 def test_writing_again_replaces(tmp_path: Path) -> None:
     write(tmp_path, checkpoint())
     write(tmp_path, checkpoint())

@@ -168,3 +168,22 @@ def test_chunks_that_are_not_wanted_any_more_are_not_written(tmp_path: Path) -> 
     incoming, again = asyncio.run(run())
 
     assert (incoming.offset, again.offset, again.path.read_bytes()) == (0, 0, b"")
+
+
+def test_chunks_whose_thread_comes_late_are_not_written_into_an_answer_begun_anew(tmp_path: Path) -> None:
+    async def run() -> tuple[Gated, Gated]:
+        incoming = Gated(tmp_path)
+        incoming.go.clear()
+        writing = asyncio.create_task(incoming.append(pieces()))
+        await incoming.called.wait()
+        await asyncio.sleep(0)  # it is for the thread now
+        incoming.discard()
+        again = Gated(tmp_path)
+        incoming.go.set()
+        with pytest.raises(CodecError, match="begun anew"):
+            await writing
+        return incoming, again
+
+    incoming, again = asyncio.run(run())
+
+    assert (incoming.offset, again.offset, again.path.read_bytes()) == (0, 0, b"")

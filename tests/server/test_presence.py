@@ -11,8 +11,9 @@ import pytest
 
 from shoal.protos import fleet_pb2 as wire
 from shoal.protos.transport import CHUNK
+from shoal.server import hub
 from shoal.server import serving as serving_module
-from shoal.server.orders import Failed, Joined, Left
+from shoal.server.orders import Failed, Joined, Left, Session
 from shoal.server.serving import Serving
 from tests.server.asking import BIG, Status, Wait, an_update, ask, refused, slowly
 
@@ -142,3 +143,28 @@ def test_a_deadline_ends_the_task_of_one_who_is_alive(serve: Serve, join: Join, 
 
     assert ("before the deadline" in failure.reason, failure.kind) == (True, "late")
     assert peer.hear("withdrawal").reason == "client 'a' did not answer before the deadline"
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+def test_names_that_cost_nothing_are_forgotten_when_there_are_too_many(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not those that are proven, there, or have a task: of the others the oldest."""
+    monkeypatch.setattr(hub, "MOST", 5)
+    serving = serve()
+
+    def come(client: str, identity: str = "") -> Session:
+        hello = wire.Hello(versions=[1], client=client, instance=client)
+        return serving.call(serving.hub.join, hello, identity, "nowhere")
+
+    staying = [come("busy"), come("proven", "north"), come("here")]
+    ask(serving, "busy")
+    for session in staying[:2]:
+        serving.call(serving.hub.leave, session, "tired")
+    for number in range(10):
+        serving.call(serving.hub.leave, come(f"invented {number}"), "tired")
+
+    known, seen = serving.call(lambda: (list(serving.hub.known), list(serving.hub._seen)))
+    assert known == seen == ["busy", "proven", "here", "invented 8", "invented 9"]

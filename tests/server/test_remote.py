@@ -27,8 +27,11 @@ from shoal.server.journal import Journal
 from shoal.server.orders import Event, Joined, Left
 from shoal.server.remote import Member, RemoteFleet, Terms
 from shoal.server.serving import Serving
-from shoal.strategies.base import Context
+from shoal.strategies.base import Context, Mine, Sent, State, Strategy, Trainer
+from shoal.strategies.base import Terms as Summed
+from shoal.strategies.base import Update as Trained
 from shoal.strategies.fedavg import FedAvg
+from shoal.strategies.fednova import FedNova
 from shoal.strategies.selectors import Uniform
 from shoal.strategies.sums import Carried, Contribution, LeafSum, contribute
 from tests.server.asking import journal_of
@@ -105,9 +108,15 @@ def bits(found: Contribution | None) -> Any:
 class House:
     """A fleet behind a real server, whose rounds run in a thread."""
 
-    def __init__(self, serving: Serving, pool: ThreadPoolExecutor, journal: Journal | None = None) -> None:
+    def __init__(
+        self,
+        serving: Serving,
+        pool: ThreadPoolExecutor,
+        journal: Journal | None = None,
+        strategy: Strategy = STRATEGY,
+    ) -> None:
         self.serving, self._pool, self.heard = serving, pool, list[Event]()
-        terms = Terms("run", b"{}", STRATEGY, INITIAL, lease=30.0)
+        terms = Terms("run", b"{}", strategy, INITIAL, lease=30.0)
         self.fleet = RemoteFleet(serving, terms, journal or journal_of(serving), (), self.heard.append)
 
     def train(self, ask: Ask) -> Future[list[Part]]:
@@ -275,6 +284,44 @@ def test_a_bad_answer_is_its_clients_failure_and_nobody_elses(
     assert (failure.client, failure.round, spool()) == ("bad", 1, [])
     with pytest.raises(AssertionError, match=reason):
         raise AssertionError(failure.reason)
+
+
+class Divides(Strategy):
+    """It does not expect an update without examples."""
+
+    citation = "none"
+
+    def local(self, trainer: Trainer, sent: Sent, mine: Mine) -> tuple[Trained, Mine]:
+        raise NotImplementedError
+
+    def contribute(self, state: State, update: Trained, context: Context) -> Summed:
+        return {"delta": update.delta, "share": 1 / update.examples}
+
+    def finish(self, state: State, total: Summed, context: Context) -> State:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    ("strategy", "changes"),
+    [(FedNova(), {"steps": 0}), (FedNova(momentum=0.5), {"steps": 0.5}), (Divides(), {"examples": 0})],
+)
+def test_numbers_with_which_a_strategy_cannot_compute_are_their_clients_failure_and_it_is_asked_again(
+    serve: Serve, join: Join, tmp_path: Path, strategy: Strategy, changes: dict[str, Any]
+) -> None:
+    journal = Journal(tmp_path / "kept")
+    with ThreadPoolExecutor(1) as pool:
+        house = House(serve(), pool, journal, strategy)
+        round = house.train(an_ask(["a", "b"]))
+        for name, update in {"a": an_update(0, **changes), "b": an_update(1)}.items():
+            peer = join(house.serving, name)
+            assert peer.answer(peer.hear("offer").nonce, update).status == wire.Receipt.ACCEPTED
+        (failure,) = failures(round.result(WAIT))
+        asked = journal.recall(1, Kind.TRAIN)
+        house.fleet.close()
+
+    assert (failure.client, failure.kind, "cannot be counted" in failure.reason) == ("a", "rejected", True)
+    assert asked is not None
+    assert list(asked.taken) == [asked.nonces[1]]
 
 
 @pytest.mark.fault(9, 10)

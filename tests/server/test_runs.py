@@ -29,6 +29,15 @@ def test_numbers_rise_and_nothing_is_overwritten(tmp_path: Path) -> None:
     assert names == ["0001-a", "0002-b", "0003-c-d"]
 
 
+def test_a_number_is_taken_once_whatever_the_name(tmp_path: Path) -> None:
+    def announce(path: Path) -> None:
+        if path.name == "0001-mine":
+            (tmp_path / "0001-another").mkdir()
+
+    assert RunFolder.create(tmp_path, "mine", announce).path.name == "0002-mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0001-another", "0002-mine"]
+
+
 def test_many_at_once(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as threads:
         made = list(threads.map(lambda _: RunFolder.create(tmp_path, "x").path.name, range(20)))

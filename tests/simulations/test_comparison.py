@@ -83,6 +83,13 @@ def test_who_was_stopped_early_counts_with_the_rounds_of_the_others() -> None:
     assert (a.rounds_to_target, b.rounds_to_target) == (10.0, 30.0)
 
 
+def test_all_rounds_are_those_of_the_scenario() -> None:
+    finished = {(f"rounds={n}", "a", 0): run(0.5) | {"rounds": n} for n in (10, 50)}
+    short, long = rows(["rounds=10", "rounds=50"], ["a"], [0], finished, "test_accuracy", TARGET)
+
+    assert (short.rounds_to_target, long.rounds_to_target) == (10.0, 50.0)
+
+
 def test_nobody_reached_it() -> None:
     never = {("", "a", seed): run(0.5) for seed in range(2)}
     (row,) = rows([""], ["a"], range(2), never, "test_accuracy", TARGET)

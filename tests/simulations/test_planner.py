@@ -180,6 +180,14 @@ def test_a_fit_of_ones_own_is_refused() -> None:
     assert why(linear, client=Mine()) == "clients train in a fit of their own"
 
 
+def test_a_model_of_one_parameter_is_refused() -> None:
+    """A block's sum could not tell a column of its vectors from one of numbers."""
+    one = ArrayData(torch.ones(12, 1), torch.ones(12, 1), {str(k): (4 * k, 4 * k + 4, 4 * k + 4) for k in range(3)})
+    local = LocalTraining(batch_size=4, loss="mse")
+
+    assert "one parameter" in (why(lambda: nn.Linear(1, 1, bias=False), data=one, local=local) or "")
+
+
 def test_what_the_lean_engine_cannot_do_is_said() -> None:
     assert why(lambda: nn.Linear(5, 3)) == "none of the first clients can be trained"
 

@@ -112,7 +112,8 @@ def test_it_says_what_it_is_and_where_it_comes_from(strategy: Strategy) -> None:
 
 
 def test_it_accepts_plain_sgd(strategy: Strategy) -> None:
-    assert strategy.refuses(SimpleNamespace(optimizer="sgd", momentum=0.0, weight_decay=0.0, clip=None)) is None
+    plain = SimpleNamespace(optimizer="sgd", momentum=0.0, nesterov=False, weight_decay=0.0, clip=None)
+    assert strategy.refuses(plain) is None
 
 
 # --- a round --------------------------------------------------------------------------------------------------------

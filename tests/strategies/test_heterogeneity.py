@@ -86,17 +86,20 @@ def test_fednova_divides_by_what_constant_gradients_move(rho: float, steps: int)
 
 def test_fednova_wants_to_know_the_momentum() -> None:
     def local(**changes: Any) -> Any:
-        return SimpleNamespace(**{"optimizer": "sgd", "momentum": 0.0, "clip": None} | changes)
+        return SimpleNamespace(**{"optimizer": "sgd", "momentum": 0.0, "nesterov": False, "clip": None} | changes)
 
     assert FedNova(momentum=0.9).refuses(local(momentum=0.9)) is None
     assert "0.9" in (FedNova().refuses(local(momentum=0.9)) or "")
     for wrong in (local(optimizer="adam"), local(clip=1.0)):
         assert "SGD only" in (FedNova().refuses(wrong) or "")
+    assert "Nesterov" in (FedNova(momentum=0.9).refuses(local(momentum=0.9, nesterov=True)) or "")
 
 
 def test_fednova_without_a_step_is_refused(quadratic: Make) -> None:
-    with pytest.raises(InvalidUpdate, match="made none"):
-        FedNova().local(quadratic(double(1), double(0), 5.0, 0), Sent(double(1)), {})
+    update, _ = FedNova().local(quadratic(double(1), double(0), 5.0, 0), Sent(double(1)), {})
+    for steps in (update.steps, 0, 0.5):
+        with pytest.raises(InvalidUpdate, match="number of steps, and a client made 0"):
+            FedNova().contribute({}, replace(update, steps=steps), Context(0, 1, 1))
 
 
 # --- FedDyn ----------------------------------------------------------------------------------------------------------

@@ -231,7 +231,7 @@ def test_mimelite_two_rounds_by_hand(quadratic: Make, simulate: Simulate) -> Non
 
 def test_mimelite_wants_plain_sgd() -> None:
     assert MimeLite().refuses(SimpleNamespace(optimizer="sgd", momentum=0.9, clip=None))
-    for strategy in (PFedMe(), APFL()):
+    for strategy in (PFedMe(), APFL(), MimeLite()):
         assert strategy.refuses(SimpleNamespace(optimizer="sgd", momentum=0.0, weight_decay=0.1, clip=None))
 
 

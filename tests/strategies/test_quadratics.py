@@ -180,7 +180,13 @@ class Local:
     """A declaration of local training."""
 
     def __init__(self, optimizer: str = "sgd", momentum: float = 0.0, clip: float | None = None) -> None:
-        self.optimizer, self.momentum, self.clip, self.weight_decay = optimizer, momentum, clip, 0.0
+        self.optimizer, self.momentum, self.nesterov, self.clip, self.weight_decay = (
+            optimizer,
+            momentum,
+            False,
+            clip,
+            0.0,
+        )
 
 
 def test_scaffold_refuses_all_but_plain_sgd() -> None:
