@@ -18,7 +18,7 @@ from torch import Tensor
 
 from shoal.protos.errors import RunError
 
-__all__ = ["SharedBlock"]
+__all__ = ["SharedBlock", "alive"]
 
 Specs = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 ALIGN = 64  # bytes: a cache line, so that no vector load of a tensor straddles another one
@@ -84,11 +84,12 @@ def _sweep(folder: Path) -> None:
     """Remove files of processes that are gone."""
     for path in folder.glob(f"{PREFIX}*"):
         owner = path.name.removeprefix(PREFIX).partition("-")[0]
-        if owner.isdigit() and not _alive(int(owner)):
+        if owner.isdigit() and not alive(int(owner)):
             _unlink(path)
 
 
-def _alive(process: int) -> bool:
+def alive(process: int) -> bool:
+    """Whether there may be a process of this number."""
     if os.name != "posix":
         return True  # cannot be asked without a further library: leave the file to the system
     try:

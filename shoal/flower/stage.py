@@ -1,6 +1,7 @@
 """Where ClientApps play: in this process, one message after the other, or in worker processes.
 
 In this process breakpoints work. In workers an app that ends or hangs takes nobody along: its process is replaced.
+:mod:`shoal.flower.cluster` has the stage on a Ray cluster.
 """
 
 from __future__ import annotations
@@ -23,13 +24,11 @@ from shoal.simulations.crew import Crew, Died
 from shoal.simulations.packing import pack
 from shoal.simulations.shared import SharedBlock
 
-__all__ = ["InProcess", "Order", "Stage", "Workers"]
+__all__ = ["InProcess", "Order", "Stage", "Workers", "opened"]
 
 
 class Stage(Protocol):
     """Takes turns, gives answers."""
-
-    workers: int
 
     def publish(self, content: RecordDict) -> Any:
         """What :meth:`submit` takes for this content, made once for all who are sent the same."""
@@ -50,8 +49,6 @@ class Stage(Protocol):
 
 class InProcess:
     """Plays each turn when it is submitted; the caller's random generators come back as they were."""
-
-    workers = 0
 
     def __init__(self, app: ClientApp) -> None:
         self._app, self._playing = app, threading.RLock()  # a legacy server asks from many threads
@@ -89,7 +86,6 @@ class Workers:
         packed, self._data = pack((app, run_id))
         self._calls, self._changing = dict[Future[Answer], Future[Any]](), threading.RLock()
         self._bystanders = set[Future[Answer]]()
-        self.workers = workers
         try:
             self._crew = Crew("shoal.flower.worker", packed, workers)
         except BaseException:
@@ -110,7 +106,7 @@ class Workers:
             if call.cancelled():
                 return  # abandoned, or the crew is closing
             found = call.exception() or call.result()
-            answer = _opened(found, order.turn)
+            answer = opened(found, order.turn)
             with self._changing:  # or the future might be abandoned in between
                 again = future in self._bystanders and isinstance(found, Died)
                 self._bystanders.discard(future)
@@ -141,8 +137,8 @@ class Workers:
         self._data.close()
 
 
-def _opened(found: Any, turn: Turn) -> Answer:
-    """The answer in what a worker has given back, be it none."""
+def opened(found: Any, turn: Turn) -> Answer:
+    """The answer in what a worker or an actor has given back, be it none."""
     message = message_from(turn.metadata, content=RecordDict())
     if isinstance(found, Died | Exception):
         reason = f"its process was lost ({found.reason if isinstance(found, Died) else found})"

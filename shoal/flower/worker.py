@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import pickle
+from collections.abc import Callable
 from contextlib import ExitStack
-from typing import IO
+from typing import Any
 
 from flwr.app import RecordDict
 from flwr.clientapp import ClientApp
@@ -13,21 +14,20 @@ from flwr.clientapp import ClientApp
 from shoal.client.process import jobs_on
 from shoal.flower.compat import identify, message_from
 from shoal.flower.stage import Order
-from shoal.flower.turns import Answer, failed, play, seed_all
+from shoal.flower.turns import Turn, failed, play, seed_all
 from shoal.protos.errors import ExperimentError, ShoalError
 from shoal.simulations.crew import open_answers, read, write
 from shoal.simulations.packing import unpack
 
-__all__ = ["main"]
+__all__ = ["answered", "loaded", "main"]
 
 
 def main() -> None:
     """Load the app, then answer orders until the other side is gone."""
     answers, orders = open_answers(), jobs_on()
-    logging.getLogger("flwr").setLevel(logging.WARNING)
     with ExitStack() as modules:
         try:
-            app = _loaded(orders, modules)
+            app = loaded(lambda: unpack(orders), modules)
         except EOFError:
             return
         write(answers, app if isinstance(app, ShoalError) else "ready")
@@ -36,34 +36,36 @@ def main() -> None:
                 order: Order = read(orders)
             except EOFError:
                 return
-            write(answers, _pickled(order, _played(app, order)))
+            write(answers, answered(app, order.turn, order.content.tensors["pickled"].numpy().data))
 
 
-def _loaded(orders: IO[bytes], modules: ExitStack) -> ClientApp | ShoalError:
+def loaded(load: Callable[[], tuple[Any, int]], modules: ExitStack) -> ClientApp | ShoalError:
+    """The ClientApp of the app and the run that are loaded, or why there can be none; EOFError if they never came.
+
+    Its modules can be imported as long as ``modules`` is open.
+    """
+    logging.getLogger("flwr").setLevel(logging.WARNING)
     try:
-        app, run_id = unpack(orders)
+        app, run_id = load()
         identify(run_id)
         modules.enter_context(app.importable())
         return app.client_app()  # type: ignore[no-any-return]
-    except (EOFError, ShoalError) as error:
-        if isinstance(error, EOFError):
-            raise
+    except EOFError:
+        raise
+    except ShoalError as error:
         return error
     except BaseException as error:
         return ExperimentError(f"a worker process cannot load the ClientApp: {type(error).__name__}: {error}")
 
 
-def _played(app: ClientApp, order: Order) -> Answer:
-    seed_all(order.turn.seed)
-    content: RecordDict = pickle.loads(order.content.tensors["pickled"].numpy().data)  # of the process that has workers
-    return play(app, order.turn, content)
-
-
-def _pickled(order: Order, answer: Answer) -> bytes:
-    """Pickled here, where it can be told what is wrong with it."""
-    try:
+def answered(app: ClientApp, turn: Turn, pickled: memoryview) -> bytes:
+    """The pickled answer of one turn, whose pickled content comes from the process that has workers."""
+    seed_all(turn.seed)
+    content: RecordDict = pickle.loads(pickled)
+    answer = play(app, turn, content)
+    try:  # here, where it can be told what is wrong with it
         return pickle.dumps(answer, protocol=5)
     except Exception as error:
         reason = f"the reply cannot be pickled ({type(error).__name__}: {error})"
-        message = message_from(order.turn.metadata, content=RecordDict())
+        message = message_from(turn.metadata, content=RecordDict())
         return pickle.dumps(failed(message, reason, reason), protocol=5)
