@@ -6,7 +6,6 @@ their answers to whoever waits. Ray cannot be woken, so it looks up from its ans
 
 from __future__ import annotations
 
-import pickle
 import threading
 from collections import deque
 from collections.abc import Collection
@@ -22,6 +21,7 @@ from flwr.clientapp import ClientApp
 
 from shoal.client.process import cores
 from shoal.flower.app import App, FlowerApp
+from shoal.flower.arrays import Packed, pack, quick_arrays, unpack
 from shoal.flower.sent import Sent
 from shoal.flower.stage import opened
 from shoal.flower.turns import Answer, Turn
@@ -39,21 +39,28 @@ PULSE = 0.02  # seconds
 
 
 class AppPlayer(Player):
-    """One ClientApp. A job is a turn; in common with others it has the pickled content of its message."""
+    """One ClientApp. A job is a turn; in common with others it has the packed content of its message."""
 
     packages: ClassVar[tuple[str, ...]] = (*Player.packages, "flwr")
     _app: ClientApp
 
     def prepare(self, assignment: Parcel) -> ShoalError | None:
         self._modules = ExitStack()  # open as long as the process lives
+        self._modules.enter_context(quick_arrays())
         app = loaded(lambda: unwrap(assignment), self._modules)
         if isinstance(app, ShoalError):
             return app
         self._app = app
         return None
 
-    def run(self, job: Parcel, common: np.ndarray, seconds: float | None) -> Parcel:
-        return wrap(np.frombuffer(answered(self._app, unwrap(job), common.data), np.uint8))
+    def run(self, job: Parcel, common: Parcel, seconds: float | None) -> Parcel:
+        return _parcel(answered(self._app, unwrap(job), unpack(*unwrap(common))))
+
+
+def _parcel(packed: Packed) -> Parcel:
+    """So that Ray, too, leaves the bytes of arrays where they are."""
+    pickled, buffers = packed
+    return wrap((pickled, [np.frombuffer(buffer, np.uint8) for buffer in buffers]))
 
 
 @dataclass(eq=False)
@@ -94,7 +101,7 @@ class Cluster:
             raise
 
     def publish(self, content: RecordDict) -> Any:
-        return self._session.ray.put(np.frombuffer(pickle.dumps(content, protocol=5), np.uint8))
+        return self._session.ray.put(_parcel(pack(content)))
 
     def submit(self, turn: Turn, published: Any) -> Future[Answer]:
         job = _Job(turn, published)

@@ -27,8 +27,9 @@ from flwr.serverapp import ServerApp
 from shoal.client.process import cores
 from shoal.execute import versions
 from shoal.flower.app import App, FlowerApp, GivenApp, Scalar, changed
+from shoal.flower.arrays import quick_arrays
 from shoal.flower.compat import SERVER, context, empty_run, identify, logging_to
-from shoal.flower.grid import Node, ShoalGrid, node_ids
+from shoal.flower.grid import Nodes, ShoalGrid, node_ids
 from shoal.flower.ledger import Ledger
 from shoal.flower.rounds import watched
 from shoal.flower.session import Session, read_point
@@ -129,6 +130,7 @@ class Play:
     def ready(self) -> Iterator[tuple[ServerApp, Stage]]:
         """Both apps loaded, and what plays the clients; while it lasts, random draws are the seed's."""
         with ExitStack() as stack:
+            stack.enter_context(quick_arrays())
             stack.enter_context(self.app.importable())
             stack.enter_context(drawing_from(seeds.integer(self.seed, "flower-server")))
             identify(self.run_id)
@@ -203,9 +205,9 @@ class Execution:
     _began: float = field(default_factory=time.perf_counter)
 
     def run(self, point: dict[str, Any] | None) -> Run:
-        nodes = [Node(context) for context in self.play.contexts()]
+        nodes = Nodes(self.play.contexts())
         session = Session(self.folder, nodes, self.show, point)
-        names = {node.context.node_id: str(node.context.node_config["partition-id"]) for node in nodes}
+        names = {node.context.node_id: str(node.context.node_config["partition-id"]) for node in nodes.values()}
         ledger = Ledger([self.folder, self.show], names, session.round + 1)
         grid = ShoalGrid(self._run(), nodes, self.stage, ledger, self.play.seed)
         status, problem = "failed", ""

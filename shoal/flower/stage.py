@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import pickle
 import threading
+import warnings
 from collections.abc import Collection
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
+import numpy as np
 import torch
 from flwr.app import RecordDict
 from flwr.clientapp import ClientApp
+from torch import Tensor
 
 from shoal.flower.app import App
-from shoal.flower.compat import CRASHED, message_from
+from shoal.flower.arrays import pack as pack_arrays
+from shoal.flower.arrays import unpack
+from shoal.flower.compat import APP_RAISED, CRASHED, message_from
 from shoal.flower.turns import Answer, Turn, copied, drawing_from, failed, play
 from shoal.simulations.crew import Crew, Died
 from shoal.simulations.packing import pack
@@ -71,12 +76,37 @@ class InProcess:
         return
 
 
+class SharedContent:
+    """A message's content in shared memory: what many are sent is written once."""
+
+    def __init__(self, content: RecordDict) -> None:
+        pickled, buffers = pack_arrays(content)
+        parts = {str(i): _tensor(part) for i, part in enumerate([pickled, *buffers])}
+        self._block = SharedBlock.of(parts)
+        self.path = str(self._block.path)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "_block": pickle.dumps(self._block)}  # attached to only if it is opened
+
+    def open(self) -> RecordDict:
+        """In another process: the content, in memory of its own."""
+        block: SharedBlock = pickle.loads(cast(bytes, self._block))
+        pickled, *buffers = (part.numpy().data for part in block.tensors.values())
+        return cast(RecordDict, unpack(pickled, buffers))
+
+
+def _tensor(part: bytes) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that it is not to be written to
+        return torch.from_numpy(np.frombuffer(part, np.uint8))
+
+
 @dataclass(frozen=True)
 class Order:
-    """A turn, and where its pickled content lies: what many are sent is written once."""
+    """A turn, and where its content lies."""
 
     turn: Turn
-    content: SharedBlock
+    content: SharedContent
 
 
 class Workers:
@@ -92,11 +122,10 @@ class Workers:
             self._data.close()
             raise
 
-    def publish(self, content: RecordDict) -> SharedBlock:
-        pickled = torch.frombuffer(bytearray(pickle.dumps(content, protocol=5)), dtype=torch.uint8)
-        return SharedBlock.of({"pickled": pickled})
+    def publish(self, content: RecordDict) -> SharedContent:
+        return SharedContent(content)
 
-    def submit(self, turn: Turn, published: SharedBlock) -> Future[Answer]:
+    def submit(self, turn: Turn, published: SharedContent) -> Future[Answer]:
         future = Future[Answer]()
         self._begin(Order(turn, published), future)
         return future
@@ -139,13 +168,12 @@ class Workers:
 
 def opened(found: Any, turn: Turn) -> Answer:
     """The answer in what a worker or an actor has given back, be it none."""
-    message = message_from(turn.metadata, content=RecordDict())
+    code = APP_RAISED
     if isinstance(found, Died | Exception):
-        reason = f"its process was lost ({found.reason if isinstance(found, Died) else found})"
-        return failed(message, reason, reason, code=CRASHED)
-    try:
-        answer: Answer = pickle.loads(found)  # of a process of our own
-    except Exception as error:
-        reason = f"its reply cannot be taken out of its process ({type(error).__name__}: {error})"
-        return failed(message, reason, reason)
-    return answer
+        code, reason = CRASHED, f"its process was lost ({found.reason if isinstance(found, Died) else found})"
+    else:
+        try:
+            return cast(Answer, unpack(*found))  # of a process of our own
+        except Exception as error:
+            reason = f"its reply cannot be taken out of its process ({type(error).__name__}: {error})"
+    return failed(message_from(turn.metadata, content=RecordDict()), reason, reason, code=code)

@@ -17,6 +17,7 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from shoal.flower.arrays import view
 from shoal.flower.compat import APP_RAISED, message_from
 
 __all__ = ["Answer", "Turn", "copied", "drawing_from", "play"]
@@ -83,7 +84,7 @@ def _wrong(reply: object, message: Message) -> str:
     for record, arrays in reply.content.array_records.items():
         for name, array in arrays.items():
             try:
-                value = array.numpy()
+                value = array.numpy() if (seen := view(array)) is None else seen
             except Exception as error:
                 return f"array {name!r} of the reply's {record!r} cannot be read ({error})"
             if training and value.dtype.kind == "f" and not np.isfinite(value).all():

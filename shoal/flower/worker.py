@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import pickle
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -12,9 +11,10 @@ from flwr.app import RecordDict
 from flwr.clientapp import ClientApp
 
 from shoal.client.process import jobs_on
+from shoal.flower.arrays import Packed, pack, quick_arrays
 from shoal.flower.compat import identify, message_from
 from shoal.flower.stage import Order
-from shoal.flower.turns import Turn, failed, play, seed_all
+from shoal.flower.turns import Turn, copied, failed, play, seed_all
 from shoal.protos.errors import ExperimentError, ShoalError
 from shoal.simulations.crew import open_answers, read, write
 from shoal.simulations.packing import unpack
@@ -26,17 +26,21 @@ def main() -> None:
     """Load the app, then answer orders until the other side is gone."""
     answers, orders = open_answers(), jobs_on()
     with ExitStack() as modules:
+        modules.enter_context(quick_arrays())
         try:
             app = loaded(lambda: unpack(orders), modules)
         except EOFError:
             return
         write(answers, app if isinstance(app, ShoalError) else "ready")
+        path, content = None, RecordDict()  # what was sent last, often to many nodes
         while isinstance(app, ClientApp):
             try:
                 order: Order = read(orders)
             except EOFError:
                 return
-            write(answers, answered(app, order.turn, order.content.tensors["pickled"].numpy().data))
+            if order.content.path != path:
+                path, content = order.content.path, order.content.open()
+            write(answers, answered(app, order.turn, content))
 
 
 def loaded(load: Callable[[], tuple[Any, int]], modules: ExitStack) -> ClientApp | ShoalError:
@@ -58,14 +62,13 @@ def loaded(load: Callable[[], tuple[Any, int]], modules: ExitStack) -> ClientApp
         return ExperimentError(f"a worker process cannot load the ClientApp: {type(error).__name__}: {error}")
 
 
-def answered(app: ClientApp, turn: Turn, pickled: memoryview) -> bytes:
-    """The pickled answer of one turn, whose pickled content comes from the process that has workers."""
+def answered(app: ClientApp, turn: Turn, content: RecordDict) -> Packed:
+    """The answer of one turn; ``content`` stays as it is."""
     seed_all(turn.seed)
-    content: RecordDict = pickle.loads(pickled)
-    answer = play(app, turn, content)
+    answer = play(app, turn, copied(content))
     try:  # here, where it can be told what is wrong with it
-        return pickle.dumps(answer, protocol=5)
+        return pack(answer)
     except Exception as error:
         reason = f"the reply cannot be pickled ({type(error).__name__}: {error})"
         message = message_from(turn.metadata, content=RecordDict())
-        return pickle.dumps(failed(message, reason, reason), protocol=5)
+        return pack(failed(message, reason, reason))
