@@ -23,7 +23,7 @@ from shoal.client.process import cores
 from shoal.flower.app import App, FlowerApp
 from shoal.flower.arrays import Packed, pack, quick_arrays, unpack
 from shoal.flower.sent import Sent
-from shoal.flower.stage import opened
+from shoal.flower.stage import give, opened
 from shoal.flower.turns import Answer, Turn
 from shoal.flower.worker import answered, loaded
 from shoal.protos.errors import ExperimentError, ShoalError
@@ -133,7 +133,7 @@ class Cluster:
             while self._take(waiting):
                 self._begin(waiting)
                 for job, found in self._actors.wait(PULSE):
-                    _give(job, found)
+                    give(job.answer, opened(found, job.turn))
                 self._actors.drop(lambda job: job.answer.cancelled())
         except Exception as error:  # no CPU, no cluster
             self._why = Died(str(error))
@@ -173,11 +173,4 @@ class Cluster:
         if self._why is None:
             job.answer.cancel()  # the run is over
         else:
-            _give(job, self._why)
-
-
-def _give(job: _Job, found: Any) -> None:
-    """Unless nobody wants it any more."""
-    answer = opened(found, job.turn)
-    if job.answer.set_running_or_notify_cancel():
-        job.answer.set_result(answer)
+            give(job.answer, opened(self._why, job.turn))

@@ -182,7 +182,9 @@ def numbers_of(content: RecordDict | MetricRecord | Mapping[str, Any] | None, pr
     """The single numbers of a record, or of all metric records of a reply."""
     if content is None:
         return {}
-    records = content.metric_records.values() if isinstance(content, RecordDict) else [content]
+    records: list[Any] = [content]
+    if isinstance(content, RecordDict):
+        records = [record for record in content.values() if isinstance(record, MetricRecord)]
     pairs = [(key, value) for record in records for key, value in record.items()]
     numbers = {key: value for key, value in pairs if isinstance(value, int | float)}
     return {f"{prefix}{key.replace('-', '_')}": float(value) for key, value in numbers.items()}

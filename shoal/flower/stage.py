@@ -9,9 +9,10 @@ from __future__ import annotations
 import pickle
 import threading
 import warnings
+from collections import deque
 from collections.abc import Collection
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -29,7 +30,9 @@ from shoal.simulations.crew import Crew, Died
 from shoal.simulations.packing import pack
 from shoal.simulations.shared import SharedBlock
 
-__all__ = ["InProcess", "Order", "Stage", "Workers", "opened"]
+__all__ = ["InProcess", "Order", "SharedContent", "Stage", "Workers", "give", "opened"]
+
+QUANTUM, MOST = 0.005, 32  # seconds, and turns, of one call
 
 
 class Stage(Protocol):
@@ -83,14 +86,15 @@ class SharedContent:
         pickled, buffers = pack_arrays(content)
         parts = {str(i): _tensor(part) for i, part in enumerate([pickled, *buffers])}
         self._block = SharedBlock.of(parts)
+        self._pickled_block = pickle.dumps(self._block)
         self.path = str(self._block.path)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "_block": pickle.dumps(self._block)}  # attached to only if it is opened
+        return {"path": self.path, "_pickled_block": self._pickled_block}  # attached to only if it is opened
 
     def open(self) -> RecordDict:
         """In another process: the content, in memory of its own."""
-        block: SharedBlock = pickle.loads(cast(bytes, self._block))
+        block: SharedBlock = pickle.loads(self._pickled_block)
         pickled, *buffers = (part.numpy().data for part in block.tensors.values())
         return cast(RecordDict, unpack(pickled, buffers))
 
@@ -109,13 +113,27 @@ class Order:
     content: SharedContent
 
 
+@dataclass(eq=False)
+class _Ask:
+    """An order and its answer to come. One is ``alone`` if a process was lost that had it among others."""
+
+    order: Order
+    answer: Future[Answer] = field(default_factory=Future)
+    alone: bool = False
+
+
 class Workers:
-    """``workers`` processes, each with this app."""
+    """``workers`` processes, each with this app.
+
+    Turns that take less than it takes to ask for them go several at a time, so many that these take ``QUANTUM``.
+    """
 
     def __init__(self, app: App, run_id: int, workers: int) -> None:
         packed, self._data = pack((app, run_id))
-        self._calls, self._changing = dict[Future[Answer], Future[Any]](), threading.RLock()
-        self._bystanders = set[Future[Answer]]()
+        self._waiting, self._changing = deque[_Ask](), threading.RLock()
+        self._calls = dict[Future[Any], list[_Ask]]()
+        self._bystanders, self._closed = set[Future[Any]](), False
+        self._workers, self._seconds = workers, QUANTUM  # that a turn takes
         try:
             self._crew = Crew("shoal.flower.worker", packed, workers)
         except BaseException:
@@ -126,44 +144,71 @@ class Workers:
         return SharedContent(content)
 
     def submit(self, turn: Turn, published: SharedContent) -> Future[Answer]:
-        future = Future[Answer]()
-        self._begin(Order(turn, published), future)
-        return future
-
-    def _begin(self, order: Order, future: Future[Answer]) -> None:
-        def done(call: Future[Any]) -> None:
-            if call.cancelled():
-                return  # abandoned, or the crew is closing
-            found = call.exception() or call.result()
-            answer = opened(found, order.turn)
-            with self._changing:  # or the future might be abandoned in between
-                again = future in self._bystanders and isinstance(found, Died)
-                self._bystanders.discard(future)
-                if not again and not future.cancelled():
-                    future.set_result(answer)
-            if again:
-                self._begin(order, future)
-
+        ask = _Ask(Order(turn, published))
         with self._changing:
-            call = self._calls[future] = self._crew.submit(order)
-        call.add_done_callback(done)
+            self._waiting.append(ask)
+        self._begin()
+        return ask.answer
+
+    def _begin(self) -> None:
+        """Give the crew what waits: one call more than a worker does at a time, so that none waits for this process."""
+        while True:
+            with self._changing:
+                if not self._waiting or self._closed or len(self._calls) >= 2 * self._workers:
+                    return
+                asks = self._some()
+                call = self._crew.submit([ask.order for ask in asks])
+                self._calls[call] = asks
+            call.add_done_callback(self._done)
+
+    def _some(self) -> list[_Ask]:
+        fair = -(-len(self._waiting) // (2 * self._workers))
+        asks = [self._waiting.popleft()]
+        while len(asks) < min(fair, MOST, QUANTUM / self._seconds) and not (asks[0].alone or self._waiting[0].alone):
+            asks.append(self._waiting.popleft())
+        return asks
+
+    def _done(self, call: Future[Any]) -> None:
+        found: Any = Died("cancelled") if call.cancelled() else call.exception() or call.result()
+        lost = isinstance(found, Died | Exception)
+        with self._changing:
+            asks, innocent = self._calls.pop(call), call.cancelled() or call in self._bystanders
+            self._bystanders.discard(call)
+            again = lost and (innocent or len(asks) > 1)
+            if again:
+                for ask in asks:
+                    ask.alone = ask.alone or not innocent
+                self._waiting.extendleft(ask for ask in reversed(asks) if not ask.answer.cancelled())
+            elif not lost:
+                self._seconds, found = max(1e-6, found[0] / len(asks)), found[1]
+        if not again:
+            for ask, answer in zip(asks, [found] * len(asks) if lost else found, strict=True):
+                give(ask.answer, opened(answer, ask.order.turn))
+        self._begin()
 
     def abandon(self, futures: Collection[Future[Answer]]) -> None:
         """End the processes that are busy with them; what else these were doing begins again."""
+        for future in futures:
+            future.cancel()
         with self._changing:
-            self._calls = {future: call for future, call in self._calls.items() if not future.done()}
-            for future in futures:
-                future.cancel()
-                if future in self._calls:
-                    self._calls[future].cancel()
-            left = [call for future, call in self._calls.items() if future.cancelled() and not call.done()]
-            if left:
-                self._bystanders.update(f for f, call in self._calls.items() if not f.done() and call.running())
+            self._waiting = deque(ask for ask in self._waiting if not ask.answer.cancelled())
+            hit = [call for call, asks in self._calls.items() if any(ask.answer.cancelled() for ask in asks)]
+        begun = [call for call in hit if not call.cancel()]  # those that are cancelled are done, and begin again
+        with self._changing:
+            if any(not call.done() for call in begun):
+                self._bystanders.update(call for call in self._calls if call.running())
                 self._crew.kill_busy()
 
     def close(self) -> None:
+        self._closed = True
         self._crew.close()
         self._data.close()
+
+
+def give(future: Future[Answer], answer: Answer) -> None:
+    """Unless nobody wants it any more."""
+    if future.set_running_or_notify_cancel():
+        future.set_result(answer)
 
 
 def opened(found: Any, turn: Turn) -> Answer:
