@@ -12,22 +12,17 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from flwr.app import Message, MetricRecord, RecordDict
 
 from shoal.flower.turns import Answer, round_in, size
 from shoal.protos.messages import Failure
-from shoal.protos.parameters import Layout
 from shoal.server.callbacks import Callback
-from shoal.server.checkpoints import Checkpoint
-from shoal.server.coordinator import Round
-from shoal.server.fleet import Report
-from shoal.strategies.sums import Carried
+from shoal.server.fleet import Report, Round
 
 __all__ = ["Ledger", "numbers_of"]
 
 # An app's model is its own: a round of it leaves no value of Shoal's behind.
-NOTHING = Checkpoint(0, {}, Carried(torch.empty(0), torch.empty(0)), Layout(()))
+NOTHING: Any = None
 
 
 class Ledger:

@@ -25,22 +25,22 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
 from shoal.client.process import cores
-from shoal.execute import versions
 from shoal.flower.app import App, FlowerApp, GivenApp, Scalar, changed
 from shoal.flower.arrays import quick_arrays
 from shoal.flower.compat import SERVER, context, empty_run, identify, logging_to
+from shoal.flower.drawing import drawing_from
 from shoal.flower.grid import Nodes, ShoalGrid, node_ids
 from shoal.flower.ledger import Ledger
 from shoal.flower.rounds import watched
 from shoal.flower.session import Session, read_point
 from shoal.flower.stage import InProcess, Stage, Workers
-from shoal.flower.turns import drawing_from
 from shoal.memory import memory_mb
 from shoal.progress import Display, Opening, display
 from shoal.protos import seeds
 from shoal.protos.errors import ExperimentError, RunError
 from shoal.run import Run, summarise
 from shoal.server.runs import RunFolder
+from shoal.versions import versions
 
 __all__ = ["Play", "played", "resume", "run"]
 

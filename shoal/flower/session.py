@@ -124,8 +124,9 @@ def restore_random(kept: dict[str, Any]) -> None:
     version, internal, gauss = kept["python"]
     random.setstate((version, tuple(internal), gauss))
     np.random.set_state(tuple(kept["numpy"]))
-    if kept["torch"] is not None and "torch" in sys.modules:
-        torch = sys.modules["torch"]
+    if kept["torch"] is not None:
+        import torch  # the app had it at that point
+
         torch.set_rng_state(torch.from_numpy(kept["torch"]))
 
 

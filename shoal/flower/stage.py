@@ -6,29 +6,26 @@ In this process breakpoints work. In workers an app that ends or hangs takes nob
 
 from __future__ import annotations
 
-import pickle
 import threading
-import warnings
 from collections import deque
 from collections.abc import Collection
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Protocol, cast
 
-import numpy as np
-import torch
 from flwr.app import RecordDict
 from flwr.clientapp import ClientApp
-from torch import Tensor
 
 from shoal.flower.app import App
 from shoal.flower.arrays import pack as pack_arrays
 from shoal.flower.arrays import unpack
 from shoal.flower.compat import APP_RAISED, CRASHED, message_from
-from shoal.flower.turns import Answer, Turn, copied, drawing_from, failed, play
+from shoal.flower.drawing import drawing_from
+from shoal.flower.turns import Answer, Turn, copied, failed, play
 from shoal.simulations.crew import Crew, Died
 from shoal.simulations.packing import pack
-from shoal.simulations.shared import SharedBlock
+from shoal.simulations.shared import SharedBytes
 
 __all__ = ["InProcess", "Order", "SharedContent", "Stage", "Workers", "give", "opened"]
 
@@ -84,25 +81,16 @@ class SharedContent:
 
     def __init__(self, content: RecordDict) -> None:
         pickled, buffers = pack_arrays(content)
-        parts = {str(i): _tensor(part) for i, part in enumerate([pickled, *buffers])}
-        self._block = SharedBlock.of(parts)
-        self._pickled_block = pickle.dumps(self._block)
-        self.path = str(self._block.path)
+        self._bytes = SharedBytes([pickled, *buffers])
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "_pickled_block": self._pickled_block}  # attached to only if it is opened
+    @property
+    def path(self) -> Path:
+        return self._bytes.path
 
     def open(self) -> RecordDict:
         """In another process: the content, in memory of its own."""
-        block: SharedBlock = pickle.loads(self._pickled_block)
-        pickled, *buffers = (part.numpy().data for part in block.tensors.values())
+        pickled, *buffers = self._bytes.read()
         return cast(RecordDict, unpack(pickled, buffers))
-
-
-def _tensor(part: bytes) -> Tensor:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that it is not to be written to
-        return torch.from_numpy(np.frombuffer(part, np.uint8))
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,7 @@ Whatever the app does, there is an answer: a reply that a strategy can take, or 
 
 from __future__ import annotations
 
-import random
-import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +16,7 @@ from flwr.clientapp import ClientApp
 from shoal.flower.arrays import view
 from shoal.flower.compat import APP_RAISED, message_from
 
-__all__ = ["Answer", "Turn", "copied", "drawing_from", "play"]
+__all__ = ["Answer", "Turn", "copied", "play"]
 
 
 @dataclass(frozen=True)
@@ -118,29 +114,6 @@ def round_in(content: RecordDict) -> int | None:
                 if isinstance(found, int):
                     return found
     return None
-
-
-def seed_all(seed: int) -> None:
-    """Python's, NumPy's and, where it is loaded, PyTorch's global generator."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    if "torch" in sys.modules:
-        sys.modules["torch"].default_generator.manual_seed(seed)
-
-
-@contextmanager
-def drawing_from(seed: int) -> Iterator[None]:
-    """Global generators seeded for one turn, and back as they were afterwards."""
-    torch = sys.modules.get("torch")
-    before = random.getstate(), np.random.get_state(), None if torch is None else torch.get_rng_state()
-    seed_all(seed)
-    try:
-        yield
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
-        if torch is not None:
-            torch.set_rng_state(before[2])
 
 
 def array_record(arrays: dict[str, np.ndarray]) -> ArrayRecord:

@@ -11,13 +11,14 @@ from typing import Any
 from flwr.app import RecordDict
 from flwr.clientapp import ClientApp
 
-from shoal.client.process import jobs_on
+from shoal.client.process import answers_on, jobs_on
 from shoal.flower.arrays import Packed, pack, quick_arrays
 from shoal.flower.compat import identify, message_from
+from shoal.flower.drawing import seed_all
 from shoal.flower.stage import Order
-from shoal.flower.turns import Turn, copied, failed, play, seed_all
+from shoal.flower.turns import Turn, copied, failed, play
 from shoal.protos.errors import ExperimentError, ShoalError
-from shoal.simulations.crew import open_answers, read, write
+from shoal.simulations.crew import read, write
 from shoal.simulations.packing import unpack
 
 __all__ = ["answered", "loaded", "main"]
@@ -25,7 +26,7 @@ __all__ = ["answered", "loaded", "main"]
 
 def main() -> None:
     """Load the app, then answer orders until the other side is gone."""
-    answers, orders = open_answers(), jobs_on()
+    answers, orders = answers_on(), jobs_on()  # PyTorch, if the app has it, takes one thread from the environment
     with ExitStack() as modules:
         modules.enter_context(quick_arrays())
         try:
