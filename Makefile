@@ -6,11 +6,11 @@ DEMO := fedavg,fedprox:mu=0.1,fedadam:server_lr=0.01,scaffold
 PROTOC := -I shoal/protos=protos --python_out=.types --mypy_out=quiet:.types \
 	--grpc_python_out=.types --mypy_grpc_out=quiet:.types shoal/protos/fleet.proto
 
-.PHONY: help demo test check protos docs papers bench bench-peers bench-comparisons bench-service bench-strategies \
-	chaos chaos-flower fuzz clean
+.PHONY: help demo test check protos docs papers bench bench-peers bench-comparisons bench-flower bench-service \
+	bench-strategies chaos chaos-flower flower-deployment fuzz clean
 
 help: ## show this
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
 
 .venv/.run: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -53,6 +53,10 @@ bench-comparisons: .venv/.dev ## compare FedAvg with itself 200 times: how often
 bench-service: .venv/.dev ## measure the gRPC service beside a bare stream of chunks
 	$(BIN)/python benchmarks/service.py
 
+bench-flower: .venv/.dev ## measure a Flower app's rounds and its start beside flwr's own simulation of it
+	$(BIN)/pip install -q --disable-pip-version-check -e ".[bench]"
+	$(BIN)/python -m benchmarks.flower_speed --publish
+
 bench: .venv/.dev ## measure a round beside the plain loop, the bare kernels and flwr's simulation
 	$(BIN)/pip install -q --disable-pip-version-check -e ".[bench]"
 	$(BIN)/python -m benchmarks.simulation --publish simulation
@@ -71,6 +75,9 @@ chaos: .venv/.dev ## kill and disturb real servers and clients, and write docs/r
 TRIALS ?= 5
 chaos-flower: .venv/.dev ## the same kinds of fault to a deployment of Flower, in about an hour; TRIALS=5 of each
 	$(BIN)/python -m benchmarks.flower_faults --trials $(TRIALS) --publish
+
+flower-deployment: .venv/.dev ## run SCAFFOLD and FedNova in a real SuperLink with two SuperNodes, and compare
+	$(BIN)/python -m benchmarks.flower_deployment
 
 fuzz: .venv/.dev ## try to break every decoder and every call with wrong input; MINUTES=30
 	$(BIN)/pip install -q --disable-pip-version-check atheris

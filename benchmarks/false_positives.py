@@ -25,13 +25,13 @@ from scipy import stats
 
 from shoal import Experiment, LocalTraining, datasets
 from shoal.compose import Composition, Place
-from shoal.execute import versions
 from shoal.server.callbacks import Callback
 from shoal.server.checkpoints import Checkpoint
 from shoal.server.coordinator import Round
 from shoal.simulations.comparison import rows
 from shoal.simulations.fleet import LEAN
 from shoal.simulations.statistics import ALPHA, smallest_p
+from shoal.versions import versions
 
 METRICS = ("test_loss", "test_accuracy")
 RESULTS = Path(__file__).parent / "results" / "false_positives.json"

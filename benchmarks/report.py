@@ -150,9 +150,9 @@ def _shown(value: float | None, form: str = ".2f") -> str:
     return "" if value is None else f"{value:{form}}"
 
 
-def put(page: str, name: str, text: str) -> str:
+def put(page: str, name: str, text: str, by: str = "benchmarks/simulation.py") -> str:
     """The page with ``text`` between the markers of that name."""
-    begin, end = f"<!-- {name}: written by benchmarks/simulation.py -->\n", f"<!-- end of {name} -->"
+    begin, end = f"<!-- {name}: written by {by} -->\n", f"<!-- end of {name} -->"
     before, found, rest = page.partition(begin)
     _, closed, after = rest.partition(end)
     if not (found and closed):

@@ -36,7 +36,7 @@ from benchmarks.roster import CONTENDERS, ENVIRONMENT, chosen
 from benchmarks.tasks import Task
 from benchmarks.workloads import DEFAULT, WORKLOADS, Workload, prepared
 
-__all__ = ["main"]
+__all__ = ["circumstances", "conditions", "main"]
 
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "performance.md"
 REPETITIONS, PAUSE = 3, 2.0  # seconds, for what a contender leaves in caches and queues
@@ -45,7 +45,7 @@ BUSY = 1.0
 STANDARD = ["floor", "shoal-*-1", "shoal-lean-2", "shoal-auto-2", "flwr"]
 
 
-def circumstances() -> dict[str, Any]:
+def circumstances(program: str = "benchmarks.simulation") -> dict[str, Any]:
     info = Path("/proc/cpuinfo")
     models = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
     commit = ["git", "describe", "--always", "--dirty"]
@@ -54,7 +54,7 @@ def circumstances() -> dict[str, Any]:
         "machine": {"processor": (models or [platform.processor()])[0], "cores": os.cpu_count()},
         "system": platform.platform(),
         "versions": {"python": platform.python_version(), "commit": done.stdout.strip()} | _versions(),
-        "command": shlex.join(["python", "-m", "benchmarks.simulation", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", program, *sys.argv[1:]]),
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     }
 
@@ -118,7 +118,7 @@ def page(report: Mapping[str, Any]) -> str:
     """What stands in docs/performance.md: first what was run on what, where that is not as above."""
     parts, above = list[str](), None
     for name, found in report.items():
-        if (here := _conditions(found["circumstances"])) != above:
+        if (here := conditions(found["circumstances"])) != above:
             parts.append(here)
         above = here
         floor = found["lines"].get("floor", {})
@@ -132,7 +132,8 @@ def page(report: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def _conditions(found: Mapping[str, Any]) -> str:
+def conditions(found: Mapping[str, Any]) -> str:
+    """What was run on what, for people."""
     machine, load = found["machine"], found["load_average"]
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     return (

@@ -17,13 +17,12 @@ from annotated_types import Ge
 
 from shoal.protos.errors import ExperimentError
 from shoal.protos.experiment import lower_is_better
-from shoal.server import checkpoints
-from shoal.server.checkpoints import Checkpoint
 
 if TYPE_CHECKING:
     from shoal.protos.messages import Failure
-    from shoal.server.coordinator import Plan, Round
-    from shoal.server.fleet import Report
+    from shoal.server.checkpoints import Checkpoint
+    from shoal.server.coordinator import Plan
+    from shoal.server.fleet import Report, Round
 
 __all__ = ["BestModel", "Callback", "EarlyStopping", "Snapshots", "Start", "Stop"]
 
@@ -157,10 +156,14 @@ class BestModel(Callback):
 
     def on_round_end(self, round: Round, point: Checkpoint) -> None:
         if self._watch.sees(round) and self._folder is not None:
+            from shoal.server import checkpoints  # PyTorch
+
             checkpoints.write(self._folder, point, keep=EVERY)
 
     def on_checkpoint(self, checkpoint: Checkpoint) -> None:
         if self._folder is not None:
+            from shoal.server import checkpoints
+
             checkpoints.prune(self._folder, keep=1)
 
     def remember(self) -> Mapping[str, Any]:
@@ -184,6 +187,8 @@ class Snapshots(Callback):
 
     def on_round_end(self, round: Round, point: Checkpoint) -> None:
         if self._folder is not None and round.number and round.number % self.every == 0:
+            from shoal.server import checkpoints
+
             checkpoints.write(self._folder, point, keep=EVERY)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from shoal.protos.messages import Failure
 from shoal.protos.parameters import Parameters, Segment
 from shoal.server.callbacks import Callback, Start, Stop
 from shoal.server.checkpoints import Checkpoint
-from shoal.server.fleet import Ask, Fleet, Report
+from shoal.server.fleet import Ask, Fleet, Report, Round
 from shoal.server.spread import Spread
 from shoal.strategies.base import Context, Strategy, vector
 from shoal.strategies.selectors import Selector
@@ -54,16 +54,6 @@ class Plan:
     evaluate_every: int = 1
     evaluate_clients_every: int = 0
     checkpoint_every: int = 10
-
-
-@dataclass(frozen=True)
-class Round:
-    """What one round leaves behind. ``numbers`` is its line of metrics."""
-
-    number: int
-    numbers: Mapping[str, float]
-    reports: Sequence[Report] = field(default_factory=tuple)
-    failures: Sequence[Failure] = field(default_factory=tuple)
 
 
 def updates_needed(quorum: float, cohort: int) -> int:

@@ -8,13 +8,15 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from shoal.protos.messages import Failure, Update
-from shoal.strategies.base import Context, State
-from shoal.strategies.sums import Carried, Contribution
 
-__all__ = ["Ask", "Fleet", "Part", "Report"]
+if TYPE_CHECKING:  # PyTorch, for which a run of somebody else's app shall not wait
+    from shoal.strategies.base import Context, State
+    from shoal.strategies.sums import Carried, Contribution
+
+__all__ = ["Ask", "Fleet", "Part", "Report", "Round"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,16 @@ class Report:
             "bytes_up": float(up),
         }
         return cls(client, numbers)
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one round leaves behind. ``numbers`` is its line of metrics."""
+
+    number: int
+    numbers: Mapping[str, float]
+    reports: Sequence[Report] = field(default_factory=tuple)
+    failures: Sequence[Failure] = field(default_factory=tuple)
 
 
 @dataclass(frozen=True)

@@ -29,18 +29,18 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from shoal.protos.errors import RunError
 from shoal.protos.files import locked, sync_folder, write_whole
 from shoal.protos.messages import Failure
-from shoal.server import checkpoints
 from shoal.server.callbacks import Callback
-from shoal.server.checkpoints import Checkpoint
-from shoal.server.coordinator import Round
-from shoal.server.fleet import Report
+from shoal.server.fleet import Report, Round
 from shoal.server.log import Log
 from shoal.server.patience import at_once
+
+if TYPE_CHECKING:
+    from shoal.server.checkpoints import Checkpoint
 
 __all__ = ["RunFolder", "list_runs", "plain"]
 
@@ -151,6 +151,8 @@ class RunFolder(Callback):
             self._append("clients.jsonl", {"round": round, "kind": "evaluate", **_columns(reports)})
 
     def on_checkpoint(self, checkpoint: Checkpoint) -> None:
+        from shoal.server import checkpoints  # PyTorch
+
         for file in self._files.values():  # what a checkpoint has behind it is not written again
             os.fsync(file.fileno())
         self.patience(lambda: checkpoints.write(self.path / "checkpoints", checkpoint))
@@ -203,6 +205,8 @@ class RunFolder(Callback):
 
     def latest(self) -> Checkpoint | None:
         """The newest undamaged checkpoint."""
+        from shoal.server import checkpoints
+
         return checkpoints.latest(self.path / "checkpoints")
 
     def rewind(self, round: int) -> None:

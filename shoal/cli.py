@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import click
 import typer
@@ -25,6 +25,9 @@ Overrides = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON lines for programs.")]
 Out = Annotated[Path, typer.Option("--out", help="Where run folders are made.")]
+RayAddress = Annotated[
+    str | None, typer.Option(metavar="ADDRESS", help="A Ray cluster: auto or HOST:PORT.", show_default="none")
+]
 
 
 @app.command()
@@ -35,9 +38,7 @@ def simulate(
     workers: Annotated[
         int | None, typer.Option(help="Worker processes; 0: in this one.", show_default="one a core")
     ] = None,
-    ray_address: Annotated[
-        str | None, typer.Option(metavar="ADDRESS", help="A Ray cluster: auto or HOST:PORT.", show_default="none")
-    ] = None,
+    ray_address: RayAddress = None,
     out: Out = Path("runs"),
     as_json: AsJson = False,
 ) -> None:
@@ -276,9 +277,11 @@ def flower_run(
     ] = None,
     nodes: Annotated[int | None, typer.Option(help="Clients.", show_default="the pyproject's, or 2")] = None,
     seed: Annotated[int, typer.Option(help="Of cohorts, and of what the app draws.")] = 0,
+    engine: Annotated[str, typer.Option(help="auto (processes of this machine), ray.")] = "auto",
     workers: Annotated[
         int | None, typer.Option(help="Worker processes; 0: in this one.", show_default="one a core")
     ] = None,
+    ray_address: RayAddress = None,
     out: Out = Path("runs"),
     as_json: AsJson = False,
 ) -> None:
@@ -286,7 +289,8 @@ def flower_run(
     from shoal.flower import run
 
     shown = "json" if as_json else "auto"
-    done = run(path, overrides or [], nodes=nodes, seed=seed, workers=workers, out=out, progress=shown)
+    where: Any = {"engine": engine, "workers": workers, "ray_address": ray_address}
+    done = run(path, overrides or [], nodes=nodes, seed=seed, out=out, progress=shown, **where)
     raise typer.Exit(0 if done.status == "finished" else 130)
 
 

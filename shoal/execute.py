@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from types import FrameType
 from typing import Any
 
@@ -26,8 +25,9 @@ from shoal.server.checkpoints import Checkpoint
 from shoal.server.coordinator import Coordinator
 from shoal.server.fleet import Fleet
 from shoal.server.runs import RunFolder
+from shoal.versions import versions
 
-__all__ = ["Execution", "come_back", "environment", "versions"]
+__all__ = ["Execution", "come_back", "environment"]
 
 PARTING = 10.0  # seconds for an abandoned round to leave everything in order
 
@@ -132,17 +132,6 @@ def _interruptible(
             signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def versions() -> dict[str, str]:
-    """Of what a result may depend on."""
-    found = {"python": platform.python_version()}
-    for package in ("shoal", "torch", "numpy"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "unknown"
-    return found
 
 
 def environment(composition: Composition, engine: str, workers: int | None, population: int | None) -> dict[str, Any]:

@@ -21,12 +21,12 @@ import cloudpickle
 import numpy as np
 
 from shoal.client.losses import loss_named, metric_named
-from shoal.execute import versions
 from shoal.experiment import Experiment
 from shoal.protos import registry
 from shoal.simulations.datasets import Dataset
 from shoal.simulations.federated import ArrayData, FederatedData
 from shoal.simulations.packing import by_value
+from shoal.versions import versions
 
 __all__ = ["data_key", "run_key"]
 

@@ -20,13 +20,13 @@ from rich.table import Table
 from shoal.protos.errors import ExperimentError, nearest
 from shoal.protos.messages import Failure
 from shoal.server.callbacks import Callback
-from shoal.server.checkpoints import Checkpoint
-from shoal.server.coordinator import Round
+from shoal.server.fleet import Round
 from shoal.server.runs import plain
 
 if TYPE_CHECKING:
     from shoal.experiment import Experiment
     from shoal.run import Run
+    from shoal.server.checkpoints import Checkpoint
 
 __all__ = ["Display", "Opening", "Output", "display", "on_shards", "on_training"]
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from shoal.protos.errors import RunError
 from shoal.protos.experiment import lower_is_better
-from shoal.server import checkpoints
 from shoal.server.runs import RunFolder
 from shoal.simulations.statistics import Fairness
 
@@ -97,6 +96,8 @@ class Run:
     @cached_property
     def best(self) -> Parameters[Tensor]:
         """The global model that :class:`shoal.BestModel` kept."""
+        from shoal.server import checkpoints  # PyTorch
+
         point = checkpoints.latest(self.path / "best")
         if point is None:
             raise RunError(f"{self.path} keeps no best model; run it with callbacks=[shoal.BestModel('test_accuracy')]")

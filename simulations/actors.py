@@ -1,4 +1,4 @@
-"""The actors of a Ray cluster that hold engines; one that is lost is replaced while there is room for it."""
+"""The actors of a Ray cluster that play clients; one that is lost is replaced while there is room for it."""
 
 from __future__ import annotations
 
@@ -6,48 +6,61 @@ import os
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from shoal.client.process import KEEP_MEMORY, ONE_THREAD
 from shoal.protos.errors import RunError
 from shoal.simulations.crew import Died
-from shoal.simulations.engine import Assignment, Job, Result
 from shoal.simulations.packing import by_value
-from shoal.simulations.parcels import unwrap, wrap
+from shoal.simulations.parcels import Parcel, unwrap, wrap
 from shoal.simulations.player import Player, versions
 from shoal.simulations.session import Session
 
-__all__ = ["Actors"]
+__all__ = ["PATIENCE", "Actors"]
 
+PATIENCE = 120.0  # seconds: for a CPU that another job of the cluster holds, or a node that is starting
 GRACE = 0.5  # seconds after the deadline: for the answer of an actor that kept it
 
 
+class Timed(Protocol):
+    """A job that may have a deadline."""
+
+    def left(self) -> float | None:
+        """Seconds until then."""
+        ...
+
+
+J = TypeVar("J", bound=Timed)
+
+
 @dataclass
-class _Actor:
+class _Actor(Generic[J]):
     """``does`` is what it was last asked for: to be there, to load the assignment, to show itself, to do a job."""
 
     handle: Any
     does: Literal["start", "load", "show", "run"] = "start"
-    job: Job | None = None
+    job: J | None = None
 
 
-class Actors:
+class Actors(Generic[J]):
     """As many as are ``wanted``, or as the cluster has CPUs; Ray begins those for which there is room.
 
-    ``patience`` is how many seconds to wait while there is room for none.
+    Each is a ``player`` with this assignment. ``patience`` is how many seconds to wait while there is room for none.
     """
 
-    def __init__(self, session: Session, assignment: Assignment, wanted: int | None, patience: float) -> None:
+    def __init__(
+        self, session: Session, player: type[Player], assignment: object, wanted: int | None, patience: float
+    ) -> None:
         self._session, self._ray, self._wanted, self._patience = session, session.ray, wanted, patience
         with by_value():
             self._assignment = self._ray.put(wrap(assignment))
         options = {"num_cpus": 1, "max_restarts": 0, "max_task_retries": 0, "runtime_env": {"env_vars": _environment()}}
-        self._remote = self._ray.remote(**options)(Player)
-        self._asked = dict[Any, _Actor]()  # by the reference to the answer
-        self._idle = list[_Actor]()
+        self._remote, self._versions = self._ray.remote(**options)(player), versions(player.packages)
+        self._asked = dict[Any, _Actor[J]]()  # by the reference to the answer
+        self._idle = list[_Actor[J]]()
         self._impatient_at: float | None = None
         self._stillborn = 0  # one after the other
 
@@ -57,9 +70,16 @@ class Actors:
         return len(self._idle)
 
     @property
-    def busy(self) -> list[Job]:
+    def busy(self) -> list[J]:
         """The jobs being done."""
         return [actor.job for actor in self._asked.values() if actor.job is not None]
+
+    def start(self) -> None:
+        """Return when the first one is ready; RunError or ExperimentError if there can be none."""
+        self.fill()
+        while not self._idle:
+            for _ in self.wait(None):
+                pass
 
     def fill(self) -> None:
         """Start those that are missing; if the cluster has become smaller, no more than it has CPUs."""
@@ -77,14 +97,16 @@ class Actors:
             self._asked[actor.handle.show.remote()] = actor
         self._idle = []
 
-    def begin(self, job: Job, common: Any) -> None:
-        """Give a job to one that is free."""
+    def begin(self, job: J, sent: Parcel, common: Any) -> None:
+        """Give a job to one that is free: what is ``sent`` to it alone, and what it has in ``common`` with others."""
         actor = self._idle.pop()
         actor.does, actor.job = "run", job
-        self._asked[actor.handle.run.remote(wrap(job), common, job.left())] = actor
+        self._asked[actor.handle.run.remote(sent, common, job.left())] = actor
 
-    def wait(self, seconds: float | None) -> Iterator[tuple[Job, Result | Died]]:
+    def wait(self, seconds: float | None) -> Iterator[tuple[J, Any | Died]]:
         """Until an actor answers or is overdue, at most so many seconds; the job that is done or lost by it."""
+        if not self._asked:
+            return
         limits = [seconds, self._until_overdue(), self._until_impatient()]
         timeout = min((max(0.0, limit) for limit in limits if limit is not None), default=None)
         answered, _ = self._ray.wait(list(self._asked), num_returns=1, timeout=timeout)
@@ -95,7 +117,7 @@ class Actors:
                 del self._asked[reference]
                 yield from self._lose(actor, "busy beyond the deadline")
 
-    def _take(self, reference: Any, actor: _Actor) -> Iterator[tuple[Job, Result | Died]]:
+    def _take(self, reference: Any, actor: _Actor[J]) -> Iterator[tuple[J, Any | Died]]:
         try:
             # Copied: the memory of the object store goes with the session, results stay.
             answer = unwrap(self._ray.get(reference), copy=True)
@@ -108,7 +130,7 @@ class Actors:
             raise answer
         if actor.does == "start":
             actor.does = "load"
-            self._asked[actor.handle.load.remote(self._assignment, versions())] = actor
+            self._asked[actor.handle.load.remote(self._assignment, self._versions)] = actor
             return
         self._stillborn = 0
         self._idle.append(actor)
@@ -121,11 +143,11 @@ class Actors:
         self._stillborn += 1
         if isinstance(error, self._ray.exceptions.RayTaskError) or self._stillborn > self._places():
             raise RunError(
-                f"an engine cannot start on the Ray cluster ({_reason(error)}); its nodes need what this process has: "
-                f"Shoal, and the modules that the experiment imports"
+                f"an actor cannot start on the Ray cluster ({_reason(error)}); its nodes need what this process has: "
+                f"Shoal, and the modules that the experiment or the app imports"
             ) from error
 
-    def _lose(self, actor: _Actor, reason: str) -> Iterator[tuple[Job, Died]]:
+    def _lose(self, actor: _Actor[J], reason: str) -> Iterator[tuple[J, Died]]:
         self._ray.kill(actor.handle)
         self.fill()
         if actor.job is not None:
@@ -149,13 +171,13 @@ class Actors:
             f"or add a node with 'ray start --address=HOST:PORT', then go on with 'shoal resume'"
         )
 
-    def drop_busy(self) -> None:
-        """Kill those that have a job, which are then replaced."""
+    def drop(self, unwanted: Callable[[J], bool]) -> None:
+        """Kill those that have such a job, which are then replaced."""
         for reference, actor in list(self._asked.items()):
-            if actor.job is not None:
+            if actor.job is not None and unwanted(actor.job):
                 del self._asked[reference]
                 self._ray.kill(actor.handle)
-        self.fill()
+                self.fill()
 
     def close(self) -> None:
         """Kill all; may be called twice."""

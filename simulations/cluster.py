@@ -11,17 +11,16 @@ from collections.abc import Iterator, Sequence
 
 from shoal.client.process import cores
 from shoal.protos.errors import ExperimentError
-from shoal.simulations.actors import Actors
+from shoal.simulations.actors import PATIENCE, Actors
 from shoal.simulations.crew import Died
 from shoal.simulations.engine import Assignment, Job, Result
 from shoal.simulations.parcels import wrap
+from shoal.simulations.player import EnginePlayer
 from shoal.simulations.session import Session
 from shoal.strategies.base import State
 from shoal.strategies.sums import Carried
 
 __all__ = ["Cluster"]
-
-PATIENCE = 120.0  # seconds: for a CPU that another job of the cluster holds, or a node that is starting
 
 
 class Cluster:
@@ -47,12 +46,9 @@ class Cluster:
             )
         self._wanted = workers
         self._session = Session(address, workers or cores())
-        self._actors = Actors(self._session, assignment, workers, patience)
+        self._actors = Actors[Job](self._session, EnginePlayer, assignment, workers, patience)
         try:
-            self._actors.fill()
-            while not self._actors.idle:
-                for _ in self._actors.wait(None):
-                    pass
+            self._actors.start()
         except BaseException:
             self.close()
             raise
@@ -75,11 +71,11 @@ class Cluster:
                     if _late(job):
                         yield job, Died("not begun before the deadline")
                     else:
-                        self._actors.begin(job, common)
+                        self._actors.begin(job, wrap(job), common)
                 if waiting or self._actors.busy:
                     yield from self._actors.wait(waiting[0].left() if waiting else None)
         except BaseException:
-            self._actors.drop_busy()  # the caller has lost interest: nothing may linger on an old round
+            self._actors.drop(lambda job: True)  # the caller has lost interest: nothing may linger on an old round
             raise
 
     def close(self) -> None:

@@ -10,16 +10,17 @@ import contextlib
 import pickle
 import queue
 import subprocess
+import sys
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import IO, Any, cast
-
-import torch
-from torch import Tensor
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from shoal.client.process import answers_on, command, environment, fate
 from shoal.protos.errors import RunError, ShoalError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["Crew", "Died", "PicklerOfTensors", "open_answers", "read", "write"]
 
@@ -27,13 +28,18 @@ __all__ = ["Crew", "Died", "PicklerOfTensors", "open_answers", "read", "write"]
 
 
 def _reduce(tensor: Tensor) -> tuple[Any, ...]:
+    import torch
+
     return torch.from_numpy, (tensor.detach().numpy(),)
 
 
 class PicklerOfTensors(pickle.Pickler):
     """Tensors as arrays: torch's own pickling of a tensor costs more than training a small client."""
 
-    dispatch_table = {Tensor: _reduce}  # noqa: RUF012  (pickle reads it from the class)
+    def __init__(self, file: IO[bytes], protocol: int) -> None:
+        torch = sys.modules.get("torch")  # where nobody has imported it there are no tensors
+        self.dispatch_table = {} if torch is None else {torch.Tensor: _reduce}
+        super().__init__(file, protocol)
 
 
 def write(file: IO[bytes], message: object) -> None:
@@ -52,6 +58,8 @@ def read(file: IO[bytes]) -> Any:
 
 def open_answers() -> IO[bytes]:
     """Make this process a worker, which has one thread; the file to write answers to."""
+    import torch
+
     torch.set_num_threads(1)
     return answers_on()
 

@@ -7,12 +7,14 @@ import pickle
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import cloudpickle
-from torch import Tensor
 
 from shoal.simulations.shared import SharedBlock
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["by_value", "pack", "unpack"]
 
@@ -25,9 +27,11 @@ class _ByValuePickler(cloudpickle.Pickler):  # type: ignore[misc]
     def __init__(self, file: IO[bytes]) -> None:
         super().__init__(file, protocol=5)
         self.shared: dict[str, Tensor] = {}
+        torch = sys.modules.get("torch")  # where nobody has imported it there are no tensors
+        self._tensor = None if torch is None else torch.Tensor
 
-    def persistent_id(self, thing: object) -> str | None:
-        if type(thing) is not Tensor or thing.nbytes < SHARE_FROM or thing.device.type != "cpu":
+    def persistent_id(self, thing: Any) -> str | None:
+        if type(thing) is not self._tensor or thing.nbytes < SHARE_FROM or thing.device.type != "cpu":
             return None
         self.shared[f"{id(thing)}"] = thing
         return f"{id(thing)}"

@@ -1,45 +1,63 @@
-"""What an actor of a Ray cluster does: it plays clients on one engine; see :mod:`shoal.simulations.cluster`."""
+"""What an actor of a Ray cluster does; see :mod:`shoal.simulations.actors`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
+from typing import Any, ClassVar
 
 import torch
 
 from shoal.protos.errors import RunError, ShoalError
+from shoal.simulations.engine import Engine
 from shoal.simulations.parcels import Parcel, unwrap, wrap
 from shoal.simulations.worker import build
 
-__all__ = ["Player", "versions"]
+__all__ = ["EnginePlayer", "Player", "versions"]
 
 
-def versions() -> dict[str, str]:
-    """Of what the bits depend on."""
-    return {package: version(package) for package in ("shoal", "torch", "numpy")}
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    return {package: version(package) for package in packages}
 
 
-class Player:
-    """One engine in a process of its own, which has one thread. Answers are parcels."""
+class Player(ABC):
+    """Plays clients in a process of its own, which has one thread. Answers are parcels."""
+
+    packages: ClassVar[tuple[str, ...]] = ("shoal", "torch", "numpy")  # what the bits depend on
 
     def show(self) -> Parcel:
         """Answer, as a sign of life."""
         return wrap(None)
 
     def load(self, assignment: Parcel, expected: Mapping[str, str]) -> Parcel:
-        """Build the engine; the answer is None, or why there can be none. ``expected`` are the driver's versions."""
+        """Get ready; the answer is None, or why that cannot be. ``expected`` are the driver's versions."""
         torch.set_num_threads(1)
-        found = versions()
-        if found != expected:
-            return wrap(RunError(_differ(found, expected)))
+        found = versions(self.packages)
+        return wrap(RunError(_differ(found, expected)) if found != expected else self.prepare(assignment))
+
+    @abstractmethod
+    def prepare(self, assignment: Parcel) -> ShoalError | None:
+        """Take what all jobs have in common; or say why not."""
+
+    @abstractmethod
+    def run(self, job: Parcel, common: Any, seconds: float | None) -> Parcel:
+        """The result of a job; ``common`` is what others have too, ``seconds`` how long it may take."""
+
+
+class EnginePlayer(Player):
+    """One engine; ``common`` is the round's state and what is carried. See :mod:`shoal.simulations.cluster`."""
+
+    _engine: Engine
+
+    def prepare(self, assignment: Parcel) -> ShoalError | None:
         engine = build(lambda: unwrap(assignment))
         if isinstance(engine, ShoalError):
-            return wrap(engine)
+            return engine
         self._engine = engine
-        return wrap(None)
+        return None
 
     def run(self, job: Parcel, common: Parcel, seconds: float | None) -> Parcel:
-        """The result of a job; ``common`` is the round's state and what is carried."""
         state, carried = unwrap(common)
         return wrap(self._engine.run(unwrap(job, copy=True), state, carried, seconds))
 

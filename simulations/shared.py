@@ -1,4 +1,4 @@
-"""Tensors in memory that worker processes share: a mapped file, so that it works the same under every start method.
+"""Memory that worker processes share: a file, so that it works the same under every start method.
 
 The file lies in memory where there is room (``/dev/shm``), else in the temporary folder; it is removed with the
 block, and what a killed run left behind is swept away by the next one.
@@ -6,21 +6,25 @@ block, and what a killed run left behind is swept away by the next one.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from shoal.protos.errors import RunError
 
-__all__ = ["SharedBlock"]
+if TYPE_CHECKING:  # whoever has no tensors shall not wait for PyTorch
+    import torch
+    from torch import Tensor
 
-Specs = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+    Specs = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+__all__ = ["SharedBlock", "SharedBytes", "alive"]
+
 ALIGN = 64  # bytes: a cache line, so that no vector load of a tensor straddles another one
 PREFIX = "shoal-"
 
@@ -34,12 +38,20 @@ class SharedBlock:
         if path is not None and path.stat().st_size < sum(sizes):
             raise RunError(f"the shared memory {path} is damaged; start the run again")
         self.specs, self.path = specs, path or _new_file(max(1, sum(sizes)))
-        memory = torch.from_file(str(self.path), shared=True, size=max(1, sum(sizes)), dtype=torch.uint8)
         self.tensors: dict[str, Tensor] = {}
-        for (name, (dtype, shape)), part in zip(specs.items(), torch.split(memory[: sum(sizes)], sizes), strict=True):
-            self.tensors[name] = part[: _bytes(dtype, shape)].view(dtype).view(shape)
+        if specs:
+            self._map(sizes)
         if path is None:
             self._remove = weakref.finalize(self, _unlink, self.path)
+
+    def _map(self, sizes: Sequence[int]) -> None:
+        import torch
+
+        memory = torch.from_file(str(self.path), shared=True, size=max(1, sum(sizes)), dtype=torch.uint8)
+        for (name, (dtype, shape)), part in zip(
+            self.specs.items(), torch.split(memory[: sum(sizes)], list(sizes)), strict=True
+        ):
+            self.tensors[name] = part[: _bytes(dtype, shape)].view(dtype).view(shape)
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> SharedBlock:
@@ -65,8 +77,27 @@ class SharedBlock:
         return SharedBlock, (self.specs, self.path)
 
 
+class SharedBytes:
+    """Bytes, read and not mapped, because whoever opens them wants ``bytes`` of its own."""
+
+    def __init__(self, parts: Sequence[bytes]) -> None:
+        self._sizes = [len(part) for part in parts]
+        self.path = _new_file(sum(self._sizes))
+        self._remove = weakref.finalize(self, _unlink, self.path)
+        with self.path.open("r+b") as file:
+            file.writelines(parts)
+
+    def read(self) -> list[bytes]:
+        """Also in another process, as long as it is there in this one."""
+        with self.path.open("rb", buffering=0) as file:
+            return [file.read(size) for size in self._sizes]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_sizes": self._sizes, "path": self.path}
+
+
 def _bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
-    return dtype.itemsize * torch.Size(shape).numel()
+    return dtype.itemsize * math.prod(shape)
 
 
 def _new_file(size: int) -> Path:
@@ -84,11 +115,12 @@ def _sweep(folder: Path) -> None:
     """Remove files of processes that are gone."""
     for path in folder.glob(f"{PREFIX}*"):
         owner = path.name.removeprefix(PREFIX).partition("-")[0]
-        if owner.isdigit() and not _alive(int(owner)):
+        if owner.isdigit() and not alive(int(owner)):
             _unlink(path)
 
 
-def _alive(process: int) -> bool:
+def alive(process: int) -> bool:
+    """Whether there may be a process of this number."""
     if os.name != "posix":
         return True  # cannot be asked without a further library: leave the file to the system
     try:

@@ -131,10 +131,15 @@ class FlowerApp:
     def hash(self) -> str:
         """SHA-256 over the app's Python files and its pyproject: whether it is still the same app."""
         digest = hashlib.sha256()
-        files = [path for path in self.path.rglob("*.py") if not any(part.startswith(".") for part in path.parts)]
-        for path in [self.path / "pyproject.toml", *sorted(files)]:
-            digest.update(f"{path.relative_to(self.path)}\0".encode() + path.read_bytes())
+        for name, content in self.files().items():
+            digest.update(f"{name}\0".encode() + content)
         return digest.hexdigest()
+
+    def files(self) -> dict[str, bytes]:
+        """The app's pyproject and Python files, by their place in its folder."""
+        files = [path for path in self.path.rglob("*.py") if not any(part.startswith(".") for part in path.parts)]
+        paths = [self.path / "pyproject.toml", *sorted(files)]
+        return {path.relative_to(self.path).as_posix(): path.read_bytes() for path in paths}
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from shoal.flower.turns import Answer, Turn
 from shoal.protos import seeds
 from shoal.protos.errors import RunError
 
-__all__ = ["Node", "ShoalGrid", "node_ids"]
+__all__ = ["Node", "Nodes", "ShoalGrid", "node_ids"]
 
 
 def node_ids(seed: int, nodes: int) -> list[int]:
@@ -35,6 +35,14 @@ class Node:
     turns: int = 0
     waiting: deque[_Pending] = field(default_factory=deque)
     busy: bool = False
+
+
+class Nodes(dict[int, Node]):
+    """All of them, by their ids; ``changed`` are those that have begun or ended a turn since it was last emptied."""
+
+    def __init__(self, contexts: Iterable[Context]) -> None:
+        super().__init__((context.node_id, Node(context)) for context in contexts)
+        self.changed = set[int]()
 
 
 @dataclass(eq=False)
@@ -55,9 +63,9 @@ class ShoalGrid(Grid):
     A node plays one message after the other, each with the state that the one before has left.
     """
 
-    def __init__(self, run: Any, nodes: Sequence[Node], stage: Stage, ledger: Ledger, seed: int) -> None:
+    def __init__(self, run: Any, nodes: Nodes, stage: Stage, ledger: Ledger, seed: int) -> None:
         self._run, self._stage, self._ledger, self._seed = run, stage, ledger, seed
-        self.nodes = {node.context.node_id: node for node in nodes}
+        self.nodes = nodes
         self._pending, self._lock, self._sent = dict[str, _Pending](), threading.RLock(), 0
 
     def set_run(self, run: Any) -> None:
@@ -109,6 +117,7 @@ class ShoalGrid(Grid):
                 return
             node.busy, pending = True, node.waiting.popleft()
             node.turns += 1
+            self.nodes.changed.add(node.context.node_id)
             seed = seeds.integer(self._seed, "flower-client", node.turns, str(node.context.node_id))
             turn = Turn(pending.message.metadata, _own(node.context), seed)
         pending.playing = self._stage.submit(turn, pending.published)
@@ -121,6 +130,7 @@ class ShoalGrid(Grid):
                 answer = playing.result()
                 if answer.state is not None:
                     node.context.state = answer.state
+                    self.nodes.changed.add(node.context.node_id)
                 name_message(answer.reply, f"{pending.message.metadata.message_id}r")
                 try:  # whoever watches must not keep the strategy from its reply
                     self._ledger.answer(pending.round, pending.client, node.context.node_id, answer)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from types import ModuleType
@@ -22,7 +23,7 @@ from safetensors.numpy import save
 from shoal.protos.errors import RunError
 from shoal.protos.files import write_whole
 
-__all__ = ["Kept", "Unkeepable", "attributes", "read", "read_arrays", "restore", "write_arrays"]
+__all__ = ["Kept", "Unkeepable", "attributes", "read", "read_arrays", "restore", "write", "write_arrays"]
 
 RECORDS = {kind.__name__: kind for kind in (ArrayRecord, ConfigRecord, MetricRecord, RecordDict)}
 PLAIN = (bool, int, float, str, type(None))
@@ -34,28 +35,48 @@ class Unkeepable(Exception):
 
 @dataclass(frozen=True)
 class Kept:
-    """A mapping as it was at one time: whatever becomes of its lists and arrays."""
+    """A value as it was at one time: whatever becomes of its lists and arrays."""
 
     header: str
     tensors: dict[str, np.ndarray]
 
     @classmethod
-    def of(cls, content: dict[str, Any]) -> Kept:
-        """:class:`Unkeepable` names what cannot be written."""
-        tensors = dict[str, np.ndarray]()
+    def of(cls, content: Any, name: str = "") -> Kept:
+        """:class:`Unkeepable` names what cannot be written; ``name`` tells its arrays from those of other values."""
+        tensors = _Tensors(name)
         return cls(json.dumps(_encoded(content, tensors, "")), tensors)
 
-    def write(self, path: Path) -> None:
-        """Whole or not at all."""
-        write_whole(path, [save(self.tensors, metadata={"content": self.header})])
+
+class _Tensors(dict[str, np.ndarray]):
+    """Arrays by their numbers, behind a name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self._name = name
+
+    def put(self, array: np.ndarray) -> str:
+        name = f"{self._name}{len(self)}"
+        self[name] = array
+        return name
+
+
+def write(path: Path, content: Kept, nodes: Mapping[int, Kept]) -> None:
+    """A mapping, and what nodes have, which is kept apart because few of them change; whole or not at all."""
+    tensors = dict(content.tensors)
+    for kept in nodes.values():
+        tensors |= kept.tensors
+    of_nodes = ",".join(f'"{node}":{kept.header}' for node, kept in nodes.items())
+    write_whole(path, [save(tensors, metadata={"content": content.header, "nodes": f"{{{of_nodes}}}"})])
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The content of what :class:`Kept` has written; RunError if the file is damaged."""
+    """What :func:`write` has written, nodes as ``"nodes"``; RunError if the file is damaged."""
     try:
         with safe_open(path, framework="np") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
-            return dict(_decoded(json.loads(file.metadata()["content"]), tensors))
+            content, nodes = (json.loads(file.metadata()[name]) for name in ("content", "nodes"))
+            kept = {int(node): _decoded(value, tensors) for node, value in nodes.items()}
+            return dict(_decoded(content, tensors)) | {"nodes": kept}
     except Exception as error:  # of a Rust library, too
         raise RunError(f"{path} cannot be read ({error}); start the run anew") from error
 
@@ -99,10 +120,10 @@ def restore(strategy: Strategy, kept: dict[str, Any]) -> None:
             setattr(strategy, name, value)
 
 
-def _encoded(value: Any, tensors: dict[str, np.ndarray], where: str) -> Any:
+def _encoded(value: Any, tensors: _Tensors, where: str) -> Any:
     """As JSON: a plain value as it is, anything else as ``[kind, …]``; arrays go into ``tensors``."""
     if isinstance(value, Array):
-        name = _put(np.frombuffer(value.data, dtype=np.uint8), tensors)
+        name = tensors.put(np.frombuffer(value.data, dtype=np.uint8))
         return ["Array", value.dtype, list(value.shape), value.stype, name]
     if type(value).__name__ in RECORDS or type(value) is dict:
         items = [[_encoded(k, tensors, where), _encoded(v, tensors, f"{where}.{k}")] for k, v in value.items()]
@@ -111,18 +132,12 @@ def _encoded(value: Any, tensors: dict[str, np.ndarray], where: str) -> Any:
         return [type(value).__name__, [_encoded(v, tensors, f"{where}[{i}]") for i, v in enumerate(value)]]
     if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biuf":
         kind = "ndarray" if isinstance(value, np.ndarray) else "scalar"
-        return [kind, _put(np.array(value, order="C"), tensors)]
+        return [kind, tensors.put(np.array(value, order="C"))]
     if isinstance(value, bytes):
         return ["bytes", base64.b64encode(value).decode()]
     if type(value) in PLAIN:
         return value
     raise Unkeepable(f"{where.lstrip('.')} is a {type(value).__name__}")
-
-
-def _put(array: np.ndarray, tensors: dict[str, np.ndarray]) -> str:
-    name = str(len(tensors))
-    tensors[name] = array
-    return name
 
 
 def _decoded(value: Any, tensors: dict[str, np.ndarray]) -> Any:

@@ -12,22 +12,17 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from flwr.app import Message, MetricRecord, RecordDict
 
 from shoal.flower.turns import Answer, round_in, size
 from shoal.protos.messages import Failure
-from shoal.protos.parameters import Layout
 from shoal.server.callbacks import Callback
-from shoal.server.checkpoints import Checkpoint
-from shoal.server.coordinator import Round
-from shoal.server.fleet import Report
-from shoal.strategies.sums import Carried
+from shoal.server.fleet import Report, Round
 
 __all__ = ["Ledger", "numbers_of"]
 
 # An app's model is its own: a round of it leaves no value of Shoal's behind.
-NOTHING = Checkpoint(0, {}, Carried(torch.empty(0), torch.empty(0)), Layout(()))
+NOTHING: Any = None
 
 
 class Ledger:
@@ -182,7 +177,9 @@ def numbers_of(content: RecordDict | MetricRecord | Mapping[str, Any] | None, pr
     """The single numbers of a record, or of all metric records of a reply."""
     if content is None:
         return {}
-    records = content.metric_records.values() if isinstance(content, RecordDict) else [content]
+    records: list[Any] = [content]
+    if isinstance(content, RecordDict):
+        records = [record for record in content.values() if isinstance(record, MetricRecord)]
     pairs = [(key, value) for record in records for key, value in record.items()]
     numbers = {key: value for key, value in pairs if isinstance(value, int | float)}
     return {f"{prefix}{key.replace('-', '_')}": float(value) for key, value in numbers.items()}

@@ -25,21 +25,22 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
 from shoal.client.process import cores
-from shoal.execute import versions
 from shoal.flower.app import App, FlowerApp, GivenApp, Scalar, changed
+from shoal.flower.arrays import quick_arrays
 from shoal.flower.compat import SERVER, context, empty_run, identify, logging_to
-from shoal.flower.grid import Node, ShoalGrid, node_ids
+from shoal.flower.drawing import drawing_from
+from shoal.flower.grid import Nodes, ShoalGrid, node_ids
 from shoal.flower.ledger import Ledger
 from shoal.flower.rounds import watched
 from shoal.flower.session import Session, read_point
 from shoal.flower.stage import InProcess, Stage, Workers
-from shoal.flower.turns import drawing_from
 from shoal.memory import memory_mb
 from shoal.progress import Display, Opening, display
 from shoal.protos import seeds
 from shoal.protos.errors import ExperimentError, RunError
 from shoal.run import Run, summarise
 from shoal.server.runs import RunFolder
+from shoal.versions import versions
 
 __all__ = ["Play", "played", "resume", "run"]
 
@@ -50,22 +51,29 @@ def run(
     *,
     nodes: int | None = None,
     seed: int = 0,
+    engine: str = "auto",
     workers: int | None = None,
+    ray_address: str | None = None,
     out: str | Path = "runs",
     progress: str = "auto",
 ) -> Run:
     """Run the Flower app in this folder with ``nodes`` clients (None: as many as its pyproject says, or Flower's 2).
 
     ``app`` may also be a ServerApp and a ClientApp. ``overrides`` are ``"key=value"`` of the folder's run config; of
-    two objects they are the run config. ``workers`` processes play the clients (None: one a core, 0: in
-    this process, where a debugger sees them). The seed decides which node is which client, and what the app draws from
-    the global generators of Python, NumPy and PyTorch, whatever the number of workers.
+    two objects they are the run config. ``workers`` processes play the clients (None: one a core, 0: in this process,
+    where a debugger sees them); with the engine ``"ray"``, actors of the cluster at ``ray_address`` (``"auto"``,
+    host:port; None: one of its own), by default one for each of its CPUs. The seed decides which node is which client,
+    and what the app draws from the global generators of Python, NumPy and PyTorch, whatever plays the clients.
 
     ExperimentError if it is no app or cannot be loaded; RunError if its server fails, or nobody answers it.
     """
     found: Any
     found = GivenApp(*app, changed(overrides)) if isinstance(app, tuple) else FlowerApp.read(app, overrides)
-    play = Play(found, found.nodes if nodes is None else nodes, seed, cores() if workers is None else workers)
+    if engine not in ("auto", "ray"):
+        raise ExperimentError(f"there is no engine {engine!r} for a Flower app; leave it out, or give 'ray'")
+    on_ray = engine == "ray" or ray_address is not None
+    workers = cores() if workers is None and not on_ray else workers
+    play = Play(found, found.nodes if nodes is None else nodes, seed, workers, on_ray, ray_address)
     return played(play, Path(out), progress)
 
 
@@ -99,17 +107,19 @@ def resume(folder: RunFolder, show: Display) -> Run:
 
 @dataclass(frozen=True)
 class Play:
-    """What is to be run, and where."""
+    """What is to be run, and where: ``workers`` is None only on Ray, where it means one for each CPU."""
 
     app: App
     nodes: int
     seed: int
-    workers: int
+    workers: int | None
+    on_ray: bool = False
+    ray_address: str | None = None
 
     def __post_init__(self) -> None:
         if self.nodes < 1:
             raise ExperimentError(f"nodes is {self.nodes}; an app needs at least one")
-        if self.workers < 0:
+        if not self.on_ray and (self.workers or 0) < 0:
             raise ExperimentError(f"workers is {self.workers}; it must be 0 (in this process) or more")
 
     @property
@@ -120,15 +130,21 @@ class Play:
     def ready(self) -> Iterator[tuple[ServerApp, Stage]]:
         """Both apps loaded, and what plays the clients; while it lasts, random draws are the seed's."""
         with ExitStack() as stack:
+            stack.enter_context(quick_arrays())
             stack.enter_context(self.app.importable())
             stack.enter_context(drawing_from(seeds.integer(self.seed, "flower-server")))
             identify(self.run_id)
             server = self.app.server_app()
-            if self.workers:
-                stage: Stage = Workers(self.app, self.run_id, min(self.workers, self.nodes))
-            else:
-                stage = InProcess(self.app.client_app())
-            yield server, stack.enter_context(closing(stage))
+            yield server, stack.enter_context(closing(self._stage()))
+
+    def _stage(self) -> Stage:
+        if self.on_ray:
+            from shoal.flower.cluster import Cluster
+
+            return Cluster(self.app, self.run_id, self.workers and min(self.workers, self.nodes), self.ray_address)
+        if self.workers:
+            return Workers(self.app, self.run_id, min(self.workers, self.nodes))
+        return InProcess(self.app.client_app())
 
     def contexts(self) -> list[Context]:
         """A node's, for each client."""
@@ -140,7 +156,9 @@ class Play:
 
     def toml(self) -> str:
         """The run as its folder describes it."""
-        flower = {**self.app.describe(), "nodes": self.nodes, "workers": self.workers}
+        where = {"workers": self.workers, "ray": self.on_ray, "ray_address": self.ray_address}
+        given = {key: value for key, value in where.items() if value is not None}
+        flower = {**self.app.describe(), "nodes": self.nodes, **given}
         return tomli_w.dumps({"name": self.app.name, "seed": self.seed, "flower": flower})
 
     @classmethod
@@ -148,7 +166,11 @@ class Play:
         """The inverse of :meth:`toml`, with the app as it is now."""
         kept = tomllib.loads((folder.path / "experiment.toml").read_text(encoding="utf-8"))
         flower = kept["flower"]
-        return cls(FlowerApp.read(flower["app"], flower["config"]), flower["nodes"], kept["seed"], flower["workers"])
+        app, where = (
+            FlowerApp.read(flower["app"], flower["config"]),
+            (flower.get("ray", False), flower.get("ray_address")),
+        )
+        return cls(app, flower["nodes"], kept["seed"], flower.get("workers"), *where)
 
     def environment(self) -> dict[str, Any]:
         """What ``env.json`` says."""
@@ -163,6 +185,10 @@ class Play:
         }
 
     def __str__(self) -> str:
+        if self.on_ray:
+            return (
+                f"Flower apps on Ray at {self.ray_address}" if self.ray_address else "Flower apps on a Ray of its own"
+            )
         where = f"{min(self.workers, self.nodes)} worker processes" if self.workers else "this process"
         return f"Flower apps in {where}"
 
@@ -179,9 +205,9 @@ class Execution:
     _began: float = field(default_factory=time.perf_counter)
 
     def run(self, point: dict[str, Any] | None) -> Run:
-        nodes = [Node(context) for context in self.play.contexts()]
+        nodes = Nodes(self.play.contexts())
         session = Session(self.folder, nodes, self.show, point)
-        names = {node.context.node_id: str(node.context.node_config["partition-id"]) for node in nodes}
+        names = {node.context.node_id: str(node.context.node_config["partition-id"]) for node in nodes.values()}
         ledger = Ledger([self.folder, self.show], names, session.round + 1)
         grid = ShoalGrid(self._run(), nodes, self.stage, ledger, self.play.seed)
         status, problem = "failed", ""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,8 @@ import numpy as np
 from flwr.app import ArrayRecord
 from flwr.serverapp.strategy import Result, Strategy
 
-from shoal.flower.grid import Node
-from shoal.flower.keep import Kept, Unkeepable, attributes, read, restore, write_arrays
+from shoal.flower.grid import Nodes
+from shoal.flower.keep import Kept, Unkeepable, attributes, read, restore, write, write_arrays
 from shoal.progress import Display
 from shoal.protos.errors import RunError
 from shoal.server.runs import RunFolder
@@ -31,15 +30,18 @@ class Session:
     ``no_resume`` says why the run cannot be resumed, if so.
     """
 
-    def __init__(self, folder: RunFolder, nodes: Sequence[Node], show: Display, point: dict[str, Any] | None) -> None:
+    def __init__(self, folder: RunFolder, nodes: Nodes, show: Display, point: dict[str, Any] | None) -> None:
         self._folder, self._nodes, self._show, self._point = folder, nodes, show, point
         self._last: Kept | None = None
         self._begun = False
         self._model = dict[str, Any]()
         self.round = self._written = 0 if point is None else int(point["round"])  # the last whole round
         self.no_resume = "the app's server has a loop of its own, not Strategy.start of Flower's message API"
+        self._of_nodes = dict[int, Kept]()  # as they were after the last whole round
         if point is not None:
-            _set_nodes(nodes, point["nodes"])
+            for name, (turns, state) in point["nodes"].items():
+                nodes[name].turns, nodes[name].context.state = turns, state
+                nodes.changed.add(name)
 
     def begin(self, strategy: Strategy, arrays: ArrayRecord, rounds: int) -> tuple[int, ArrayRecord, Result]:
         self._show.expecting(rounds)
@@ -65,16 +67,23 @@ class Session:
             "strategy": type(strategy).__name__,
             "attributes": attributes(strategy),
             "arrays": arrays,
-            "nodes": [[node.turns, node.context.state] for node in self._nodes],
             "random": random_states(),
             **{name: dict(getattr(result, name)) for name in METRICS},
         }
         try:
             self._last = Kept.of(point)
+            self._keep_nodes()
         except Unkeepable as error:
             self.no_resume = f"its strategy keeps what Shoal cannot write down: {error}"
         if round % EVERY == 0:
             self._write()
+
+    def _keep_nodes(self) -> None:
+        """Those that had a turn in the round: there may be many others."""
+        changed, self._nodes.changed = self._nodes.changed, set()
+        for name in changed:
+            node = self._nodes[name]
+            self._of_nodes[name] = Kept.of([node.turns, node.context.state], f"{name}/")
 
     def arrays(self, arrays: dict[str, np.ndarray]) -> None:
         self._model = arrays
@@ -94,13 +103,8 @@ class Session:
 
     def _write(self) -> None:
         if self._last is not None and not self.no_resume and self.round != self._written:
-            self._last.write(self._folder.path / POINT)
+            write(self._folder.path / POINT, self._last, self._of_nodes)
             self._written = self.round
-
-
-def _set_nodes(nodes: Sequence[Node], kept: Sequence[Any]) -> None:
-    for node, (turns, state) in zip(nodes, kept, strict=True):
-        node.turns, node.context.state = turns, state
 
 
 def random_states() -> dict[str, Any]:
@@ -120,8 +124,9 @@ def restore_random(kept: dict[str, Any]) -> None:
     version, internal, gauss = kept["python"]
     random.setstate((version, tuple(internal), gauss))
     np.random.set_state(tuple(kept["numpy"]))
-    if kept["torch"] is not None and "torch" in sys.modules:
-        torch = sys.modules["torch"]
+    if kept["torch"] is not None:
+        import torch  # the app had it at that point
+
         torch.set_rng_state(torch.from_numpy(kept["torch"]))
 
 

@@ -1,35 +1,39 @@
 """Where ClientApps play: in this process, one message after the other, or in worker processes.
 
 In this process breakpoints work. In workers an app that ends or hangs takes nobody along: its process is replaced.
+:mod:`shoal.flower.cluster` has the stage on a Ray cluster.
 """
 
 from __future__ import annotations
 
-import pickle
 import threading
+from collections import deque
 from collections.abc import Collection
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol, cast
 
-import torch
 from flwr.app import RecordDict
 from flwr.clientapp import ClientApp
 
 from shoal.flower.app import App
-from shoal.flower.compat import CRASHED, message_from
-from shoal.flower.turns import Answer, Turn, copied, drawing_from, failed, play
+from shoal.flower.arrays import pack as pack_arrays
+from shoal.flower.arrays import unpack
+from shoal.flower.compat import APP_RAISED, CRASHED, message_from
+from shoal.flower.drawing import drawing_from
+from shoal.flower.turns import Answer, Turn, copied, failed, play
 from shoal.simulations.crew import Crew, Died
 from shoal.simulations.packing import pack
-from shoal.simulations.shared import SharedBlock
+from shoal.simulations.shared import SharedBytes
 
-__all__ = ["InProcess", "Order", "Stage", "Workers"]
+__all__ = ["InProcess", "Order", "SharedContent", "Stage", "Workers", "give", "opened"]
+
+QUANTUM, MOST = 0.005, 32  # seconds, and turns, of one call
 
 
 class Stage(Protocol):
     """Takes turns, gives answers."""
-
-    workers: int
 
     def publish(self, content: RecordDict) -> Any:
         """What :meth:`submit` takes for this content, made once for all who are sent the same."""
@@ -50,8 +54,6 @@ class Stage(Protocol):
 
 class InProcess:
     """Plays each turn when it is submitted; the caller's random generators come back as they were."""
-
-    workers = 0
 
     def __init__(self, app: ClientApp) -> None:
         self._app, self._playing = app, threading.RLock()  # a legacy server asks from many threads
@@ -74,82 +76,137 @@ class InProcess:
         return
 
 
+class SharedContent:
+    """A message's content in shared memory: what many are sent is written once."""
+
+    def __init__(self, content: RecordDict) -> None:
+        pickled, buffers = pack_arrays(content)
+        self._bytes = SharedBytes([pickled, *buffers])
+
+    @property
+    def path(self) -> Path:
+        return self._bytes.path
+
+    def open(self) -> RecordDict:
+        """In another process: the content, in memory of its own."""
+        pickled, *buffers = self._bytes.read()
+        return cast(RecordDict, unpack(pickled, buffers))
+
+
 @dataclass(frozen=True)
 class Order:
-    """A turn, and where its pickled content lies: what many are sent is written once."""
+    """A turn, and where its content lies."""
 
     turn: Turn
-    content: SharedBlock
+    content: SharedContent
+
+
+@dataclass(eq=False)
+class _Ask:
+    """An order and its answer to come. One is ``alone`` if a process was lost that had it among others."""
+
+    order: Order
+    answer: Future[Answer] = field(default_factory=Future)
+    alone: bool = False
 
 
 class Workers:
-    """``workers`` processes, each with this app."""
+    """``workers`` processes, each with this app.
+
+    Turns that take less than it takes to ask for them go several at a time, so many that these take ``QUANTUM``.
+    """
 
     def __init__(self, app: App, run_id: int, workers: int) -> None:
         packed, self._data = pack((app, run_id))
-        self._calls, self._changing = dict[Future[Answer], Future[Any]](), threading.RLock()
-        self._bystanders = set[Future[Answer]]()
-        self.workers = workers
+        self._waiting, self._changing = deque[_Ask](), threading.RLock()
+        self._calls = dict[Future[Any], list[_Ask]]()
+        self._bystanders, self._closed = set[Future[Any]](), False
+        self._workers, self._seconds = workers, QUANTUM  # that a turn takes
         try:
             self._crew = Crew("shoal.flower.worker", packed, workers)
         except BaseException:
             self._data.close()
             raise
 
-    def publish(self, content: RecordDict) -> SharedBlock:
-        pickled = torch.frombuffer(bytearray(pickle.dumps(content, protocol=5)), dtype=torch.uint8)
-        return SharedBlock.of({"pickled": pickled})
+    def publish(self, content: RecordDict) -> SharedContent:
+        return SharedContent(content)
 
-    def submit(self, turn: Turn, published: SharedBlock) -> Future[Answer]:
-        future = Future[Answer]()
-        self._begin(Order(turn, published), future)
-        return future
-
-    def _begin(self, order: Order, future: Future[Answer]) -> None:
-        def done(call: Future[Any]) -> None:
-            if call.cancelled():
-                return  # abandoned, or the crew is closing
-            found = call.exception() or call.result()
-            answer = _opened(found, order.turn)
-            with self._changing:  # or the future might be abandoned in between
-                again = future in self._bystanders and isinstance(found, Died)
-                self._bystanders.discard(future)
-                if not again and not future.cancelled():
-                    future.set_result(answer)
-            if again:
-                self._begin(order, future)
-
+    def submit(self, turn: Turn, published: SharedContent) -> Future[Answer]:
+        ask = _Ask(Order(turn, published))
         with self._changing:
-            call = self._calls[future] = self._crew.submit(order)
-        call.add_done_callback(done)
+            self._waiting.append(ask)
+        self._begin()
+        return ask.answer
+
+    def _begin(self) -> None:
+        """Give the crew what waits: one call more than a worker does at a time, so that none waits for this process."""
+        while True:
+            with self._changing:
+                if not self._waiting or self._closed or len(self._calls) >= 2 * self._workers:
+                    return
+                asks = self._some()
+                call = self._crew.submit([ask.order for ask in asks])
+                self._calls[call] = asks
+            call.add_done_callback(self._done)
+
+    def _some(self) -> list[_Ask]:
+        fair = -(-len(self._waiting) // (2 * self._workers))
+        asks = [self._waiting.popleft()]
+        while len(asks) < min(fair, MOST, QUANTUM / self._seconds) and not (asks[0].alone or self._waiting[0].alone):
+            asks.append(self._waiting.popleft())
+        return asks
+
+    def _done(self, call: Future[Any]) -> None:
+        found: Any = Died("cancelled") if call.cancelled() else call.exception() or call.result()
+        lost = isinstance(found, Died | Exception)
+        with self._changing:
+            asks, innocent = self._calls.pop(call), call.cancelled() or call in self._bystanders
+            self._bystanders.discard(call)
+            again = lost and (innocent or len(asks) > 1)
+            if again:
+                for ask in asks:
+                    ask.alone = ask.alone or not innocent
+                self._waiting.extendleft(ask for ask in reversed(asks) if not ask.answer.cancelled())
+            elif not lost:
+                self._seconds, found = max(1e-6, found[0] / len(asks)), found[1]
+        if not again:
+            for ask, answer in zip(asks, [found] * len(asks) if lost else found, strict=True):
+                give(ask.answer, opened(answer, ask.order.turn))
+        self._begin()
 
     def abandon(self, futures: Collection[Future[Answer]]) -> None:
         """End the processes that are busy with them; what else these were doing begins again."""
+        for future in futures:
+            future.cancel()
         with self._changing:
-            self._calls = {future: call for future, call in self._calls.items() if not future.done()}
-            for future in futures:
-                future.cancel()
-                if future in self._calls:
-                    self._calls[future].cancel()
-            left = [call for future, call in self._calls.items() if future.cancelled() and not call.done()]
-            if left:
-                self._bystanders.update(f for f, call in self._calls.items() if not f.done() and call.running())
+            self._waiting = deque(ask for ask in self._waiting if not ask.answer.cancelled())
+            hit = [call for call, asks in self._calls.items() if any(ask.answer.cancelled() for ask in asks)]
+        begun = [call for call in hit if not call.cancel()]  # those that are cancelled are done, and begin again
+        with self._changing:
+            if any(not call.done() for call in begun):
+                self._bystanders.update(call for call in self._calls if call.running())
                 self._crew.kill_busy()
 
     def close(self) -> None:
+        self._closed = True
         self._crew.close()
         self._data.close()
 
 
-def _opened(found: Any, turn: Turn) -> Answer:
-    """The answer in what a worker has given back, be it none."""
-    message = message_from(turn.metadata, content=RecordDict())
+def give(future: Future[Answer], answer: Answer) -> None:
+    """Unless nobody wants it any more."""
+    if future.set_running_or_notify_cancel():
+        future.set_result(answer)
+
+
+def opened(found: Any, turn: Turn) -> Answer:
+    """The answer in what a worker or an actor has given back, be it none."""
+    code = APP_RAISED
     if isinstance(found, Died | Exception):
-        reason = f"its process was lost ({found.reason if isinstance(found, Died) else found})"
-        return failed(message, reason, reason, code=CRASHED)
-    try:
-        answer: Answer = pickle.loads(found)  # of a process of our own
-    except Exception as error:
-        reason = f"its reply cannot be taken out of its process ({type(error).__name__}: {error})"
-        return failed(message, reason, reason)
-    return answer
+        code, reason = CRASHED, f"its process was lost ({found.reason if isinstance(found, Died) else found})"
+    else:
+        try:
+            return cast(Answer, unpack(*found))  # of a process of our own
+        except Exception as error:
+            reason = f"its reply cannot be taken out of its process ({type(error).__name__}: {error})"
+    return failed(message_from(turn.metadata, content=RecordDict()), reason, reason, code=code)

@@ -5,11 +5,7 @@ Whatever the app does, there is an answer: a reply that a strategy can take, or 
 
 from __future__ import annotations
 
-import random
-import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +13,10 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from shoal.flower.arrays import view
 from shoal.flower.compat import APP_RAISED, message_from
 
-__all__ = ["Answer", "Turn", "copied", "drawing_from", "play"]
+__all__ = ["Answer", "Turn", "copied", "play"]
 
 
 @dataclass(frozen=True)
@@ -80,10 +77,10 @@ def _wrong(reply: object, message: Message) -> str:
     if not isinstance(reply.content, RecordDict):
         return f"the ClientApp's reply holds a {type(reply.content).__name__}, not a RecordDict"
     training = message.metadata.message_type.partition(".")[0] == "train"
-    for record, arrays in reply.content.array_records.items():
-        for name, array in arrays.items():
+    for record, arrays in reply.content.items():
+        for name, array in arrays.items() if isinstance(arrays, ArrayRecord) else ():
             try:
-                value = array.numpy()
+                value = array.numpy() if (seen := view(array)) is None else seen
             except Exception as error:
                 return f"array {name!r} of the reply's {record!r} cannot be read ({error})"
             if training and value.dtype.kind == "f" and not np.isfinite(value).all():
@@ -104,7 +101,8 @@ def copied(content: RecordDict) -> RecordDict:
 
 def size(content: RecordDict) -> int:
     """Bytes of the arrays in it."""
-    return sum(len(array.data) for arrays in content.array_records.values() for array in arrays.values())
+    records = [record for record in content.values() if isinstance(record, ArrayRecord)]  # flwr's own views cost more
+    return sum(len(array.data) for record in records for array in record.values())
 
 
 def round_in(content: RecordDict) -> int | None:
@@ -116,29 +114,6 @@ def round_in(content: RecordDict) -> int | None:
                 if isinstance(found, int):
                     return found
     return None
-
-
-def seed_all(seed: int) -> None:
-    """Python's, NumPy's and, where it is loaded, PyTorch's global generator."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    if "torch" in sys.modules:
-        sys.modules["torch"].default_generator.manual_seed(seed)
-
-
-@contextmanager
-def drawing_from(seed: int) -> Iterator[None]:
-    """Global generators seeded for one turn, and back as they were afterwards."""
-    torch = sys.modules.get("torch")
-    before = random.getstate(), np.random.get_state(), None if torch is None else torch.get_rng_state()
-    seed_all(seed)
-    try:
-        yield
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
-        if torch is not None:
-            torch.set_rng_state(before[2])
 
 
 def array_record(arrays: dict[str, np.ndarray]) -> ArrayRecord:

@@ -3,67 +3,92 @@
 from __future__ import annotations
 
 import logging
-import pickle
+import time
+from collections.abc import Callable
 from contextlib import ExitStack
-from typing import IO
+from importlib import import_module
+from typing import Any
 
 from flwr.app import RecordDict
 from flwr.clientapp import ClientApp
 
-from shoal.client.process import jobs_on
+from shoal.client.process import answers_on, jobs_on
+from shoal.flower.app import App, FlowerApp
+from shoal.flower.arrays import Packed, pack, quick_arrays
 from shoal.flower.compat import identify, message_from
+from shoal.flower.drawing import seed_all
 from shoal.flower.stage import Order
-from shoal.flower.turns import Answer, failed, play, seed_all
+from shoal.flower.turns import Turn, copied, failed, play
 from shoal.protos.errors import ExperimentError, ShoalError
-from shoal.simulations.crew import open_answers, read, write
+from shoal.simulations.crew import read, write
 from shoal.simulations.packing import unpack
 
-__all__ = ["main"]
+__all__ = ["answered", "loaded", "main"]
 
 
 def main() -> None:
     """Load the app, then answer orders until the other side is gone."""
-    answers, orders = open_answers(), jobs_on()
-    logging.getLogger("flwr").setLevel(logging.WARNING)
+    answers, orders = answers_on(), jobs_on()  # PyTorch, if the app has it, takes one thread from the environment
     with ExitStack() as modules:
+        modules.enter_context(quick_arrays())
+        assigned = list[Any]()
+
+        def load() -> tuple[Any, int]:
+            assigned.extend(unpack(orders))
+            return assigned[0], assigned[1]
+
         try:
-            app = _loaded(orders, modules)
+            app = loaded(load, modules)
         except EOFError:
             return
         write(answers, app if isinstance(app, ShoalError) else "ready")
+        if isinstance(app, ClientApp) and _wants_torch(assigned[0]):
+            import_module("torch")
+        path, content = None, RecordDict()  # what was sent last, often to many nodes
         while isinstance(app, ClientApp):
             try:
-                order: Order = read(orders)
+                together: list[Order] = read(orders)
             except EOFError:
                 return
-            write(answers, _pickled(order, _played(app, order)))
+            began, found = time.perf_counter(), list[Packed]()
+            for order in together:
+                if order.content.path != path:
+                    path, content = order.content.path, order.content.open()
+                found.append(answered(app, order.turn, content))
+            write(answers, (time.perf_counter() - began, found))
 
 
-def _loaded(orders: IO[bytes], modules: ExitStack) -> ClientApp | ShoalError:
+def _wants_torch(app: App) -> bool:
+    """Then it is imported while there is nothing else to do, and not in the first turn."""
+    return isinstance(app, FlowerApp) and any(b"import torch" in content for content in app.files().values())
+
+
+def loaded(load: Callable[[], tuple[Any, int]], modules: ExitStack) -> ClientApp | ShoalError:
+    """The ClientApp of the app and the run that are loaded, or why there can be none; EOFError if they never came.
+
+    Its modules can be imported as long as ``modules`` is open.
+    """
+    logging.getLogger("flwr").setLevel(logging.WARNING)
     try:
-        app, run_id = unpack(orders)
+        app, run_id = load()
         identify(run_id)
         modules.enter_context(app.importable())
         return app.client_app()  # type: ignore[no-any-return]
-    except (EOFError, ShoalError) as error:
-        if isinstance(error, EOFError):
-            raise
+    except EOFError:
+        raise
+    except ShoalError as error:
         return error
     except BaseException as error:
         return ExperimentError(f"a worker process cannot load the ClientApp: {type(error).__name__}: {error}")
 
 
-def _played(app: ClientApp, order: Order) -> Answer:
-    seed_all(order.turn.seed)
-    content: RecordDict = pickle.loads(order.content.tensors["pickled"].numpy().data)  # of the process that has workers
-    return play(app, order.turn, content)
-
-
-def _pickled(order: Order, answer: Answer) -> bytes:
-    """Pickled here, where it can be told what is wrong with it."""
-    try:
-        return pickle.dumps(answer, protocol=5)
+def answered(app: ClientApp, turn: Turn, content: RecordDict) -> Packed:
+    """The answer of one turn; ``content`` stays as it is."""
+    seed_all(turn.seed)
+    answer = play(app, turn, copied(content))
+    try:  # here, where it can be told what is wrong with it
+        return pack(answer)
     except Exception as error:
         reason = f"the reply cannot be pickled ({type(error).__name__}: {error})"
-        message = message_from(order.turn.metadata, content=RecordDict())
-        return pickle.dumps(failed(message, reason, reason), protocol=5)
+        message = message_from(turn.metadata, content=RecordDict())
+        return pack(failed(message, reason, reason))

@@ -265,7 +265,7 @@ def test_engines_that_die_at_once(nodes: Nodes) -> None:
             os._exit(3)
         return model()
 
-    with pytest.raises(RunError, match=r"an engine cannot start on the Ray cluster \(its worker process has died\)"):
+    with pytest.raises(RunError, match=r"an actor cannot start on the Ray cluster \(its worker process has died\)"):
         Cluster(assignment(FedAvg(), make=deadly), 1, nodes.address)
 
 

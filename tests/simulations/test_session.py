@@ -16,7 +16,7 @@ from shoal.simulations.cluster import Cluster
 from shoal.simulations.engine import Assignment
 from shoal.simulations.federated import ArrayData
 from shoal.simulations.parcels import unwrap, wrap
-from shoal.simulations.player import Player, versions
+from shoal.simulations.player import EnginePlayer, versions
 
 
 def model() -> nn.Module:
@@ -48,7 +48,7 @@ def test_what_a_cluster_cannot_do() -> None:
 
 
 def test_a_node_with_another_torch() -> None:
-    answer = Player().load(wrap(ASSIGNMENT), versions() | {"torch": "1.0"})
+    answer = EnginePlayer().load(wrap(ASSIGNMENT), versions(EnginePlayer.packages) | {"torch": "1.0"})
 
     assert isinstance(error := unwrap(answer), RunError)
     assert re.search(r"a node of the Ray cluster has torch 2.*, this process has 1\.0; install the same", str(error))

@@ -1,0 +1,65 @@
+"""Arrays written and read without flwr's file objects: the same bytes, the same values."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, RecordDict
+
+from shoal.flower.arrays import pack, quick_arrays, unpack, view
+
+KINDS = [
+    np.arange(5.0),
+    np.arange(6, dtype=np.float32).reshape(2, 3),
+    np.arange(6, dtype=np.float16).reshape(2, 3).T,  # in Fortran's order
+    np.array(3, dtype=np.int64),
+    np.zeros((0, 4)),
+    np.arange(10)[::2],
+    np.array([1, 2], dtype=">f4"),
+    np.array([True, False]),
+    np.array([1 + 2j]),
+    np.array(["a", "bc"]),
+    np.array([(1, 2.0)], dtype=[("a", "i4"), ("b", "f8")]),
+]
+
+
+@pytest.mark.parametrize("array", KINDS, ids=lambda array: f"{array.dtype} {array.shape}")
+def test_arrays_are_flwrs_to_the_byte(array: np.ndarray) -> None:
+    flwrs = Array(array)
+    with quick_arrays():
+        ours, read = Array(array), flwrs.numpy()
+
+    assert (ours.dtype, ours.shape, ours.stype, ours.data) == (flwrs.dtype, flwrs.shape, flwrs.stype, flwrs.data)
+    array = flwrs.numpy()
+    assert (read.dtype, read.shape) == (array.dtype, array.shape)
+    assert read.flags.f_contiguous == array.flags.f_contiguous
+    assert read.tobytes() == array.tobytes() and read.flags.writeable
+
+
+@pytest.mark.parametrize("data", [b"", b"no array", Array(np.zeros(3)).data[:-1], Array(np.zeros(3)).data + b"x"])
+def test_what_is_no_array_is_left_to_numpy(data: bytes) -> None:
+    array = Array("float64", (3,), "numpy.ndarray", data)
+
+    assert view(array) is None
+    if not data.endswith(b"x"):  # NumPy does not mind what follows
+        with quick_arrays(), pytest.raises((ValueError, EOFError)):
+            array.numpy()
+
+
+def test_arrays_cross_without_copies() -> None:
+    content = RecordDict({"a": ArrayRecord({"w": Array(np.arange(5.0))})})
+    data = content.array_records["a"]["w"].data
+    pickled, buffers = pack(content)
+    there, copied = unpack(pickled, buffers), unpack(pickled, [memoryview(bytearray(buffers[0]))])
+
+    assert buffers[0] is data is there["a"]["w"].data and len(pickled) < 600
+    assert there == copied == content
+    assert type(copied["a"]["w"].data) is bytes
+
+
+def test_flwr_has_its_own_back() -> None:
+    before = Array.__dict__["numpy"]
+    with quick_arrays():
+        assert Array.__dict__["numpy"] is not before
+
+    assert Array.__dict__["numpy"] is before
