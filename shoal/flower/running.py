@@ -12,7 +12,7 @@ import threading
 import time
 import tomllib
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -39,9 +39,10 @@ from shoal.progress import Display, Opening, display
 from shoal.protos import seeds
 from shoal.protos.errors import ExperimentError, RunError
 from shoal.run import Run, summarise
+from shoal.server.callbacks import Callback
 from shoal.server.runs import RunFolder
 
-__all__ = ["Play", "played", "resume", "run"]
+__all__ = ["Execution", "Play", "played", "resume", "run"]
 
 
 def run(
@@ -124,11 +125,18 @@ class Play:
             stack.enter_context(drawing_from(seeds.integer(self.seed, "flower-server")))
             identify(self.run_id)
             server = self.app.server_app()
-            if self.workers:
-                stage: Stage = Workers(self.app, self.run_id, min(self.workers, self.nodes))
-            else:
-                stage = InProcess(self.app.client_app())
-            yield server, stack.enter_context(closing(stage))
+            yield server, stack.enter_context(closing(self.stage()))
+
+    def stage(self) -> Stage:
+        """What plays the clients."""
+        if self.workers:
+            return Workers(self.app, self.run_id, min(self.workers, self.nodes))
+        return InProcess(self.app.client_app())
+
+    @property
+    def no_resume(self) -> str:
+        """Why the run cannot be resumed; empty if it can."""
+        return self.app.no_resume
 
     def contexts(self) -> list[Context]:
         """A node's, for each client."""
@@ -169,27 +177,34 @@ class Play:
 
 @dataclass
 class Execution:
-    """One run of an app, from a point (None: the start) on."""
+    """One run of an app, from a point (None: the start) on.
+
+    ``ready`` waits for the clients and says which one is which node (None: they are there, and have but numbers);
+    ``observers`` hear of rounds beside the folder and whoever watches.
+    """
 
     play: Play
     folder: RunFolder
     show: Display
     server: ServerApp
     stage: Stage
+    ready: Callable[[], Mapping[int, str]] | None = None
+    observers: Sequence[Callback] = ()
     _began: float = field(default_factory=time.perf_counter)
 
     def run(self, point: dict[str, Any] | None) -> Run:
         nodes = [Node(context) for context in self.play.contexts()]
         session = Session(self.folder, nodes, self.show, point)
-        names = {node.context.node_id: str(node.context.node_config["partition-id"]) for node in nodes}
-        ledger = Ledger([self.folder, self.show], names, session.round + 1)
-        grid = ShoalGrid(self._run(), nodes, self.stage, ledger, self.play.seed)
         status, problem = "failed", ""
-        self.folder.write("summary.json", {"status": "running", "name": self.play.app.name})
+        kept = {"no_resume": self.play.no_resume} if self.play.no_resume else {}
+        self.folder.write("summary.json", {"status": "running", "name": self.play.app.name} | kept)
         try:
             self.show.starting(self._opening(session.round))
-            with self._surroundings(), watched(grid, ledger, session):
-                self._serve(grid)
+            with self._surroundings():
+                ledger = Ledger([self.folder, self.show, *self.observers], self._names(nodes), session.round + 1)
+                grid = ShoalGrid(self._run(), nodes, self.stage, ledger, self.play.seed)
+                with watched(grid, ledger, session):
+                    self._serve(grid)
             ledger.close()
             _check_answered(ledger)
             status = "finished"
@@ -199,9 +214,14 @@ class Execution:
             problem = str(error)
             raise
         finally:
-            session.no_resume = session.no_resume or self.play.app.no_resume
+            session.no_resume = session.no_resume or self.play.no_resume
             self._end(session, status, problem)
         return Run(self.folder.path)
+
+    def _names(self, nodes: Sequence[Node]) -> Mapping[int, str]:
+        if self.ready is not None:
+            return self.ready()
+        return {node.context.node_id: str(node.context.node_config["partition-id"]) for node in nodes}
 
     def _serve(self, grid: ShoalGrid) -> None:
         """The app's own server, whose errors become one of ours."""
