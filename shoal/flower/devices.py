@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import secrets
+import shutil
 import threading
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
@@ -71,6 +72,10 @@ class _Shelf:
     def take(self, nonce: str, header: bytes, identity: str) -> None:
         return
 
+    def drop(self, nonce: str) -> None:
+        for path in self.folder.glob(f"{nonce}.*"):
+            path.unlink(missing_ok=True)
+
 
 class Devices:
     """A :class:`~shoal.flower.stage.Stage`. Listens from the moment it is made; :meth:`begin` waits for the devices.
@@ -90,6 +95,7 @@ class Devices:
         self.serving: Serving = self._open.enter_context(door.open(places.admit))
         self._asked, self._last, self._lock = dict[str, _Asked](), dict[str, Order](), threading.Lock()
         self._closed = False
+        self._shelf: _Shelf | None = None
         self._listening: threading.Thread | None = None
 
     def begin(self, folder: Path, waiting: Callable[[int], None], hear: Callable[[Event], None]) -> Mapping[int, str]:
@@ -120,6 +126,7 @@ class Devices:
 
     def submit(self, turn: Turn, published: Published) -> Future[Answer]:
         rank = self._ranks[turn.metadata.dst_node_id]
+        assert self._shelf is not None, "the devices are there"
         asked, nonce = _Asked(turn, self._places.devices[rank]), secrets.token_hex(8)
         kind = Kind.EVALUATE if turn.metadata.message_type.startswith("evaluate") else Kind.TRAIN
         header = header_for(turn, published.header, rank)
@@ -159,6 +166,8 @@ class Devices:
     def close(self) -> None:
         self._stop()
         self._open.close()
+        if self._shelf is not None:
+            shutil.rmtree(self._shelf.folder, ignore_errors=True)
 
     def _stop(self) -> None:
         with self._lock:
@@ -191,8 +200,8 @@ class Devices:
         if asked is None:
             return  # it was given up
         if isinstance(event, Answered):
-            assert asked.answer is not None, "it was checked"
-            self._shelf.payload(event.nonce).unlink(missing_ok=True)
+            assert asked.answer is not None and self._shelf is not None, "it was checked"
+            self._shelf.drop(event.nonce)
             asked.future.set_result(asked.answer)
         else:
             asked.future.set_result(_told(asked, event.failure))

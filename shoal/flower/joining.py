@@ -39,12 +39,17 @@ class Device:
     patience: float | None = None
 
     def join(self) -> None:
-        """Until the server has finished, or Ctrl-C. Everything is checked first that can be without the server."""
+        """Until the server has finished, or Ctrl-C."""
+        voice = Voice()
+        take_part(self.settings(voice), voice, "shoal flower client")
+
+    def settings(self, voice: Voice) -> Settings:
+        """Everything checked that can be without the server."""
         check_version()
         app, own = FlowerApp.read(self.path), config_of(self.config)
-        address, voice = Address.parse(self.server), Voice()
+        address = Address.parse(self.server)
         data: dict[str, Any] = {"app": str(app.path), "config": own}
-        settings = Settings(
+        return Settings(
             address,
             self.state or state_of(address),
             {self.name or socket.gethostname(): data},
@@ -55,7 +60,6 @@ class Device:
             program="shoal.flower.device",
             about=said_of(app, own),
         )
-        take_part(settings, voice, "shoal flower client")
 
 
 def config_of(text: str) -> Mapping[str, Scalar]:

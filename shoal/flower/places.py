@@ -54,7 +54,7 @@ class Places:
             raise _denied(f"the run has begun with {self._those(self.devices)}; wait for another run")
         before, now = self._said[client].get(PARTITION), said.get(PARTITION)
         if now != before:
-            raise _denied(f"client {client!r} began this run with partition-id {before}, and now says {now}")
+            raise _denied(f"client {client!r} began this run with partition-id {before!r}, and now says {now!r:.80}")
 
     def _check_place(self, client: str, given: Setting | None, others: Sequence[str]) -> None:
         if given is not None and type(given) is not int:
@@ -71,7 +71,7 @@ class Places:
 
     def _those(self, names: Collection[str]) -> str:
         shown = ", ".join(sorted(names)[:5]) + (", …" if len(names) > 5 else "")
-        return f"its {self.wanted} devices ({shown})"
+        return f"its devices ({shown})"
 
     def settle(self, present: Collection[str]) -> bool:
         """Give the places away, once there are enough devices."""

@@ -214,7 +214,7 @@ class Execution:
             problem = str(error)
             raise
         finally:
-            session.no_resume = session.no_resume or self.play.no_resume
+            session.no_resume = self.play.no_resume or session.no_resume
             self._end(session, status, problem)
         return Run(self.folder.path)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ def serve(
     door.place(), door.show_at()
     with play.ready() as (server, stage), closing(RunFolder.create(Path(out), app.name)) as folder:
         assert isinstance(stage, Devices)
+        play = replace(play, door=replace(door, listen=str(stage.serving.address)))  # the port may have been any
         folder.claim()
         folder.write("experiment.toml", play.toml())
         folder.write("env.json", play.environment())
@@ -75,7 +76,7 @@ class Served(Play):
         return super().environment() | {"served": asdict(self.door)}
 
     def __str__(self) -> str:
-        return f"Flower apps on devices that call {self.door.listen}, {'mutual TLS' if self.door.tls else 'plain text'}"
+        return f"Flower clients over gRPC at {self.door.listen}, {'mutual TLS' if self.door.tls else 'plain text'}"
 
 
 @dataclass(frozen=True)
