@@ -29,6 +29,7 @@ from shoal.protos.messages import Envelope, Failure
 
 __all__ = ["main"]
 
+OLDER = 6  # states before the true one that are kept: a server that goes on after a round asks its messages again
 LOADED = ExitStack()  # what makes the app's modules importable, as long as the process lives
 
 
@@ -91,7 +92,7 @@ def _answer(job: Mapping[str, Any]) -> Envelope | Failure:
 
 def _state(states: Path, counted: int) -> bytes:
     """The node's true state; an error if it had one and it is gone."""
-    kept = kept_state(states, counted)
+    kept = kept_state(states, counted, OLDER)
     if counted and kept is None:
         raise DataError(
             f"this device's state after its message {counted} of the run is not in {states}; start it with the --state "

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import secrets
 import shutil
 import threading
+import time
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack
@@ -28,6 +30,7 @@ from shoal.server.serving import Serving
 
 __all__ = ["Devices"]
 
+PATIENCE = 1.0  # seconds between two words about devices that come
 LOOK = 0.2  # seconds between two looks whether to stop, where nothing happens
 LATE = "nobody waits for its answer any more"
 OVER = "its answer is here"
@@ -80,17 +83,16 @@ class _Shelf:
 class Devices:
     """A :class:`~shoal.flower.stage.Stage`. Listens from the moment it is made; :meth:`begin` waits for the devices.
 
-    ``nodes`` are the nodes' ids by rank.
+    ``run`` is the run's name for devices, which keep a state for each; ``nodes`` are the nodes' ids by rank.
 
     A message that was answered stays known until its device gets the next one: it may not have heard of the receipt.
     """
 
     workers = 0
 
-    def __init__(self, door: Door, places: Places, terms: Terms, nodes: Collection[int]) -> None:
-        self._places, self._terms, self._lease = places, Blob.of(terms.encode()), door.lease
+    def __init__(self, door: Door, places: Places, run: str, terms: Terms, nodes: Collection[int]) -> None:
+        self.places, self._run, self._terms, self._lease = places, run, Blob.of(terms.encode()), door.lease
         self._ranks = {node: rank for rank, node in enumerate(nodes)}
-        self.run = secrets.token_hex(8)  # for the devices, which keep a state for each
         self._open = ExitStack()
         self.serving: Serving = self._open.enter_context(door.open(places.admit))
         self._asked, self._last, self._lock = dict[str, _Asked](), dict[str, Order](), threading.Lock()
@@ -102,21 +104,22 @@ class Devices:
         """Wait until there are as many devices as nodes: who is which. ``hear`` gets who comes and goes."""
         folder.mkdir(exist_ok=True)
         self._shelf, self._hear = _Shelf(folder), hear
-        hub, said = self.serving.hub, -1
-        while not self.serving.call(lambda: self._places.settle(hub.present)):
-            present = self.serving.call(lambda: len(hub.present))
-            if present != said:
+        hub, said, last = self.serving.hub, -1, -math.inf
+        while not self.serving.call(lambda: self.places.settle(hub.present)):
+            present, now = self.serving.call(lambda: len(hub.present)), time.monotonic()
+            if present != said and now - last > PATIENCE:
                 waiting(present)
-                said = present
+                said, last = present, now
             self._next()
-        waiting(self._places.wanted)
+        waiting(self.places.wanted)
+        self._clients = list(self.places.devices)
         self._listening = threading.Thread(target=self._listen, name="shoal-devices", daemon=True)
         self._listening.start()
-        return {node: self._places.devices[rank] for node, rank in self._ranks.items()}
+        return dict(zip(self._ranks, self._clients, strict=True))
 
     def differs(self, client: str) -> bool:
         """Whether a device's app has other files than the server's."""
-        return self.serving.call(self._places.differs, client)
+        return self.serving.call(self.places.differs, client)
 
     # --- a stage -----------------------------------------------------------------------------------------------------
 
@@ -127,11 +130,11 @@ class Devices:
     def submit(self, turn: Turn, published: Published) -> Future[Answer]:
         rank = self._ranks[turn.metadata.dst_node_id]
         assert self._shelf is not None, "the devices are there"
-        asked, nonce = _Asked(turn, self._places.devices[rank]), secrets.token_hex(8)
+        asked, nonce = _Asked(turn, self._clients[rank]), secrets.token_hex(8)
         kind = Kind.EVALUATE if turn.metadata.message_type.startswith("evaluate") else Kind.TRAIN
         header = header_for(turn, published.header, rank)
         order = asked.order = Order(
-            *(self.run, turn.round, self._terms, header, published.blob, asked.check, self._shelf, self._lease),
+            *(self._run, turn.round, self._terms, header, published.blob, asked.check, self._shelf, self._lease),
             kind=kind,
         )
         with self._lock:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from shoal.flower.app import FlowerApp
 from shoal.protos import fleet_pb2 as wire
 from shoal.protos.codec import read_settings
-from shoal.protos.messages import Setting
+from shoal.protos.messages import NOTHING, Setting
 from shoal.server.orders import Denied
 
 __all__ = ["PARTITION", "Places", "said_of"]
@@ -24,13 +24,14 @@ def said_of(app: FlowerApp, own: Mapping[str, Setting]) -> dict[str, Setting]:
 class Places:
     """``wanted`` of them, given to devices in the order of their ``partition-id`` if they say one, else of their names.
 
-    Lives on the loop of the server; what is here may be read anywhere once :meth:`settle` has filled it.
+    ``devices`` are those that have them, by rank, with their partition-id: of a run that goes on from the beginning,
+    else from :meth:`settle` on; then nothing changes any more. Lives on the loop of the server.
     """
 
-    def __init__(self, app: FlowerApp, wanted: int) -> None:
+    def __init__(self, app: FlowerApp, wanted: int, devices: Mapping[str, int | None] = NOTHING) -> None:
         self._app, self._files, self.wanted = app, app.hash, wanted
         self._said = dict[str, Mapping[str, Setting]]()
-        self.devices: Sequence[str] = ()
+        self.devices = devices
 
     def admit(self, hello: wire.Hello, present: Collection[str]) -> None:
         """Denied, with what to do, for a device that can have no place."""
@@ -52,7 +53,7 @@ class Places:
     def _check_return(self, client: str, said: Mapping[str, Setting]) -> None:
         if client not in self.devices:
             raise _denied(f"the run has begun with {self._those(self.devices)}; wait for another run")
-        before, now = self._said[client].get(PARTITION), said.get(PARTITION)
+        before, now = self.devices[client], said.get(PARTITION)
         if now != before:
             raise _denied(f"client {client!r} began this run with partition-id {before!r}, and now says {now!r:.80}")
 
@@ -60,7 +61,7 @@ class Places:
         if given is not None and type(given) is not int:
             raise _denied(f"the partition-id of client {client!r} is {given!r:.80}; it must be a whole number")
         for other in others:
-            its = self._said[other].get(PARTITION)
+            its = self._partition(other)
             if (its is None) != (given is None):
                 raise _denied(
                     f"client {other!r} says {'no' if its is None else 'a'} partition-id, client {client!r} "
@@ -74,10 +75,17 @@ class Places:
         return f"its devices ({shown})"
 
     def settle(self, present: Collection[str]) -> bool:
-        """Give the places away, once there are enough devices."""
-        if len(present) >= self.wanted:
-            self.devices = sorted(present, key=lambda name: (self._said[name].get(PARTITION, 0), name))
-        return bool(self.devices)
+        """Give the places away once there are enough devices; whether all that have one are here."""
+        if len(present) < self.wanted:
+            return False
+        if not self.devices:
+            given = {name: self._partition(name) for name in present}
+            self.devices = dict(sorted(given.items(), key=lambda device: (device[1] or 0, device[0])))
+        return True
+
+    def _partition(self, client: str) -> int | None:
+        found = self._said[client].get(PARTITION)
+        return found if isinstance(found, int) else None
 
     def differs(self, client: str) -> bool:
         """Whether the files of a device's app are not those of the server's."""

@@ -31,7 +31,7 @@ from shoal.flower.compat import SERVER, context, empty_run, identify, logging_to
 from shoal.flower.grid import Node, ShoalGrid, node_ids
 from shoal.flower.ledger import Ledger
 from shoal.flower.rounds import watched
-from shoal.flower.session import Session, read_point
+from shoal.flower.session import EVERY, Session, read_point
 from shoal.flower.stage import InProcess, Stage, Workers
 from shoal.flower.turns import drawing_from
 from shoal.memory import memory_mb
@@ -75,9 +75,10 @@ def played(play: Play, out: Path, progress: str) -> Run:
     show = display(progress)
     with play.ready() as (server, stage), closing(RunFolder.create(out, play.app.name)) as folder:
         folder.claim()
+        execution = play.execution(folder, show, server, stage)
         folder.write("experiment.toml", play.toml())
-        folder.write("env.json", play.environment())
-        return Execution(play, folder, show, server, stage).run(None)
+        folder.write("env.json", execution.play.environment())
+        return execution.run(None)
 
 
 def resume(folder: RunFolder, show: Display) -> Run:
@@ -90,12 +91,20 @@ def resume(folder: RunFolder, show: Display) -> Run:
     point = read_point(folder.path)
     if point is None:
         raise RunError(f"{folder.path} ended before a round was kept; start a new run")
-    play = Play.read(folder)
+    play = _read(folder)
     if play.app.hash != folder.read("env.json")["app"]:
         show.note("the app's files have changed since the run began")
     with play.ready() as (server, stage):
         folder.rewind(point["round"])
-        return Execution(play, folder, show, server, stage).run(point)
+        return play.execution(folder, show, server, stage).run(point)
+
+
+def _read(folder: RunFolder) -> Play:
+    if "served" not in folder.read("env.json"):
+        return Play.read(folder)
+    from shoal.flower.serving import Served  # which is made of what is here
+
+    return Served.read(folder)
 
 
 @dataclass(frozen=True)
@@ -106,6 +115,7 @@ class Play:
     nodes: int
     seed: int
     workers: int
+    every = EVERY
 
     def __post_init__(self) -> None:
         if self.nodes < 1:
@@ -133,10 +143,9 @@ class Play:
             return Workers(self.app, self.run_id, min(self.workers, self.nodes))
         return InProcess(self.app.client_app())
 
-    @property
-    def no_resume(self) -> str:
-        """Why the run cannot be resumed; empty if it can."""
-        return self.app.no_resume
+    def execution(self, folder: RunFolder, show: Display, server: ServerApp, stage: Stage) -> Execution:
+        """A run of it, with what :meth:`ready` gave."""
+        return Execution(self, folder, show, server, stage)
 
     def contexts(self) -> list[Context]:
         """A node's, for each client."""
@@ -180,7 +189,7 @@ class Execution:
     """One run of an app, from a point (None: the start) on.
 
     ``ready`` waits for the clients and says which one is which node (None: they are there, and have but numbers);
-    ``observers`` hear of rounds beside the folder and whoever watches.
+    ``observers`` hear of rounds beside the folder and whoever watches; ``finished`` is called if the run has finished.
     """
 
     play: Play
@@ -190,14 +199,14 @@ class Execution:
     stage: Stage
     ready: Callable[[], Mapping[int, str]] | None = None
     observers: Sequence[Callback] = ()
+    finished: Callable[[], None] = lambda: None
     _began: float = field(default_factory=time.perf_counter)
 
     def run(self, point: dict[str, Any] | None) -> Run:
         nodes = [Node(context) for context in self.play.contexts()]
-        session = Session(self.folder, nodes, self.show, point)
+        session = Session(self.folder, nodes, self.show, point, self.play.every)
         status, problem = "failed", ""
-        kept = {"no_resume": self.play.no_resume} if self.play.no_resume else {}
-        self.folder.write("summary.json", {"status": "running", "name": self.play.app.name} | kept)
+        self.folder.write("summary.json", {"status": "running", "name": self.play.app.name})
         try:
             self.show.starting(self._opening(session.round))
             with self._surroundings():
@@ -208,13 +217,14 @@ class Execution:
             ledger.close()
             _check_answered(ledger)
             status = "finished"
+            self.finished()
         except KeyboardInterrupt:
             status = "interrupted"
         except RunError as error:
             problem = str(error)
             raise
         finally:
-            session.no_resume = self.play.no_resume or session.no_resume
+            session.no_resume = session.no_resume or self.play.app.no_resume
             self._end(session, status, problem)
         return Run(self.folder.path)
 

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping, Sequence
-from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from flwr.serverapp import ServerApp
 
 from shoal.flower.app import FlowerApp, Scalar
 from shoal.flower.devices import Devices
 from shoal.flower.envelopes import Terms
 from shoal.flower.grid import node_ids
 from shoal.flower.places import Places
-from shoal.flower.running import Execution, Play
-from shoal.progress import Display, display
+from shoal.flower.running import Execution, Play, played
+from shoal.flower.stage import Stage
+from shoal.progress import Display
 from shoal.run import Run
-from shoal.serve import Door, Roster
+from shoal.serve import FEW, Door, Roster
 from shoal.server.orders import Disk, Event, Joined, Opened
 from shoal.server.patience import Patience
 from shoal.server.reporter import Reporter
 from shoal.server.runs import RunFolder
 
-__all__ = ["serve"]
+__all__ = ["Served", "serve"]
+
+DEVICES = "devices.json"  # in the run folder: who they are by rank, with their partition-ids where they say one
 
 
 def serve(
@@ -41,39 +46,43 @@ def serve(
     errors holds here; with the same seed, and each device holding what its partition-id says, so are the results.
     """
     app = FlowerApp.read(path, overrides)
-    play, show = Served(app, app.nodes if nodes is None else nodes, seed, 0, door), display(progress)
+    play = Served(app, app.nodes if nodes is None else nodes, seed, 0, door)
     door.place(), door.show_at()
-    with play.ready() as (server, stage), closing(RunFolder.create(Path(out), app.name)) as folder:
-        assert isinstance(stage, Devices)
-        play = replace(play, door=replace(door, listen=str(stage.serving.address)))  # the port may have been any
-        folder.claim()
-        folder.write("experiment.toml", play.toml())
-        folder.write("env.json", play.environment())
-        opening = _Opening(play, folder, show, stage)
-        reporter = [Reporter(stage.serving)]
-        run = Execution(play, folder, show, server, stage, ready=opening.wait, observers=reporter).run(None)
-        if run.status == "finished":
-            stage.finish()
-    return run
+    return played(play, Path(out), progress)
 
 
 @dataclass(frozen=True)
 class Served(Play):
-    """What is to be run, on devices that come in by this door."""
+    """What is to be run, on devices that come in by this door.
+
+    ``run`` is its name for them. Of a run that goes on, ``devices`` are those it has, each with its partition-id.
+    """
 
     door: Door
+    run: str = field(default_factory=lambda: secrets.token_hex(8))
+    devices: Mapping[str, int | None] = field(default_factory=dict)
+    every = 1  # a round with devices is dearer than a point
 
     def stage(self) -> Devices:
-        terms = Terms(self.run_id, self.app.name, self.nodes, dict(self.app.config))
         assert isinstance(self.app, FlowerApp)
-        return Devices(self.door, Places(self.app, self.nodes), terms, node_ids(self.seed, self.nodes))
+        places = Places(self.app, self.nodes, self.devices)
+        terms = Terms(self.run_id, self.app.name, self.nodes, dict(self.app.config))
+        return Devices(self.door, places, self.run, terms, node_ids(self.seed, self.nodes))
 
-    @property
-    def no_resume(self) -> str:
-        return "its clients are devices, and what they keep lies there"
+    def execution(self, folder: RunFolder, show: Display, server: ServerApp, stage: Stage) -> Execution:
+        assert isinstance(stage, Devices)
+        listen = str(stage.serving.address)  # the port may have been any
+        play = replace(self, door=replace(self.door, listen=listen))
+        ready, reporter = _Opening(play, folder, show, stage).wait, Reporter(stage.serving)
+        return Execution(play, folder, show, server, stage, ready=ready, observers=[reporter], finished=stage.finish)
 
     def environment(self) -> dict[str, Any]:
-        return super().environment() | {"served": asdict(self.door)}
+        return super().environment() | {"run": self.run, "served": asdict(self.door)}
+
+    @classmethod
+    def read(cls, folder: RunFolder) -> Served:
+        base, kept = Play.read(folder), folder.read("env.json")
+        return cls(base.app, base.nodes, base.seed, 0, Door(**kept["served"]), kept["run"], folder.read(DEVICES))
 
     def __str__(self) -> str:
         return f"Flower clients over gRPC at {self.door.listen}, {'mutual TLS' if self.door.tls else 'plain text'}"
@@ -96,9 +105,9 @@ class _Opening:
             lambda why, seconds: self.folder.log("disk refused", reason=why, seconds=seconds),
             lambda reason: serving.tell(Disk(reason)),
         )
-        serving.tell(Opened(self.stage.run, str(self.folder.path), 0, 0, wanted))
+        serving.tell(Opened(self.play.run, str(self.folder.path), 0, 0, wanted))
         roster = Roster(self.folder, self.show)
-        roster.quiet = False
+        roster.quiet = wanted > FEW
 
         def hear(event: Event) -> None:
             roster.hear(event)
@@ -106,6 +115,5 @@ class _Opening:
                 self.show.note(f"the app's files on client {event.client!r} are not those of this server")
 
         devices = self.stage.begin(self.folder.path / "round", lambda here: self.show.waiting(here, wanted), hear)
-        for rank, (node, client) in enumerate(devices.items()):
-            self.folder.log("node", client=client, node=node, rank=rank)
+        self.folder.write(DEVICES, self.stage.places.devices)
         return devices

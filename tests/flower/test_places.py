@@ -41,7 +41,7 @@ def test_names_decide_who_is_which_node() -> None:
     assert not door.places.settle(door.present)
     door.come("a")
 
-    assert door.places.settle(door.present) and door.places.devices == ["a", "b"]
+    assert door.places.settle(door.present) and list(door.places.devices) == ["a", "b"]
 
 
 def test_a_partition_id_wins_over_the_name() -> None:
@@ -49,7 +49,7 @@ def test_a_partition_id_wins_over_the_name() -> None:
     for client, partition in (("a", 12), ("b", 10), ("c", 11)):
         door.come(client, partition_id=partition)
 
-    assert door.places.settle(door.present) and door.places.devices == ["b", "c", "a"]
+    assert door.places.settle(door.present) and door.places.devices == {"b": 10, "c": 11, "a": 12}
 
 
 def test_two_devices_cannot_have_one_partition() -> None:
