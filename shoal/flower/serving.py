@@ -46,12 +46,12 @@ def serve(
     errors holds here; with the same seed, and each device holding what its partition-id says, so are the results.
     """
     app = FlowerApp.read(path, overrides)
-    play = Served(app, app.nodes if nodes is None else nodes, seed, 0, door)
+    play = Served(app, app.nodes if nodes is None else nodes, seed, 0, door=door)
     door.place(), door.show_at()
     return played(play, Path(out), progress)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Served(Play):
     """What is to be run, on devices that come in by this door.
 
@@ -82,7 +82,8 @@ class Served(Play):
     @classmethod
     def read(cls, folder: RunFolder) -> Served:
         base, kept = Play.read(folder), folder.read("env.json")
-        return cls(base.app, base.nodes, base.seed, 0, Door(**kept["served"]), kept["run"], folder.read(DEVICES))
+        door, devices = Door(**kept["served"]), folder.read(DEVICES)
+        return cls(base.app, base.nodes, base.seed, 0, door=door, run=kept["run"], devices=devices)
 
     def __str__(self) -> str:
         return f"Flower clients over gRPC at {self.door.listen}, {'mutual TLS' if self.door.tls else 'plain text'}"
