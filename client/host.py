@@ -18,7 +18,7 @@ from shoal.protos import fleet_pb2 as wire
 from shoal.protos.codec import content_of, encode
 from shoal.protos.errors import CodecError, DataError, InvalidUpdate
 from shoal.protos.manifest import LIMITS
-from shoal.protos.messages import Failure
+from shoal.protos.messages import Failure, Setting
 from shoal.protos.transport import Address, Certificates
 
 __all__ = ["Settings", "host"]
@@ -29,10 +29,11 @@ Note = Callable[[str, str], None]  # the client's name, and a sentence
 
 @dataclass(frozen=True)
 class Settings:
-    """How this process takes part. ``data`` says where a client's examples lie (``shard_of`` reads it).
+    """How this process takes part. ``clients`` says where each one's examples lie (``shard_of`` reads it).
 
     ``allow`` names the code beside the installation that a server may ask for. ``patience`` is how many seconds to go
-    without a server, None for ever; with ``once`` the process ends when the server has finished.
+    without a server, None for ever; with ``once`` the process ends when the server has finished. ``program`` is the
+    module whose ``main`` plays the clients, ``about`` what is said to the server with their names.
     """
 
     address: Address
@@ -45,11 +46,13 @@ class Settings:
     once: bool = False
     patience: float | None = None
     note: Note = field(default=lambda client, text: None)
+    program: str = "shoal.client.worker"
+    about: Mapping[str, Setting] = field(default_factory=dict)
 
 
 async def host(settings: Settings) -> None:
     """Until all clients are done; ConnectionRefused if a server says no to one of them."""
-    workers, members = Workers(settings.workers), list[_Member]()
+    workers, members = Workers(settings.workers, settings.program), list[_Member]()
     try:
         stores = [Store(settings.state, name) for name in settings.clients]
         depot = Depot(stores[0].cache)  # one for all: what is addressed by its content need not come twice
@@ -81,7 +84,7 @@ async def _look(settings: Settings, workers: Workers) -> None:
     if "error" in found:
         raise DataError(found["error"])
     if not more:
-        settings.note(client, f"{found['examples']} examples to train on, {found['held_out']} held out")
+        settings.note(client, found["about"])
 
 
 def _hint(error: WorkerLost) -> str:
@@ -105,7 +108,7 @@ class _Member:
 
     async def run(self) -> None:
         s = self._settings
-        self._link = Link(s.address, s.certificates, self._client, self._hear, self._note)
+        self._link = Link(s.address, s.certificates, self._client, self._hear, self._note, s.about)
         try:
             await self._link.run(once=s.once, patience=s.patience)
         finally:
@@ -198,9 +201,9 @@ def _checked(offer: wire.Offer) -> int:
         if not NAME.fullmatch(name):
             raise CodecError(f"{name[:80]!r} is no name of a task or a run; is this a Shoal server?")
     content, _, _ = content_of(offer.header)
-    if content != "task" or offer.assignment.total_bytes > LIMITS.header:
+    if content not in ("task", "envelope") or offer.assignment.total_bytes > LIMITS.header:
         raise CodecError(f"the offer brings {content} and {offer.assignment.total_bytes} bytes of assignment")
-    return int(wire.Header.FromString(offer.header).task.round)
+    return int(getattr(wire.Header.FromString(offer.header), content).round)
 
 
 def _told(round: int, header: bytes, receipt: wire.Receipt) -> str:
@@ -212,4 +215,5 @@ def _told(round: int, header: bytes, receipt: wire.Receipt) -> str:
     if content == "failure":
         trace = f"\n{message.failure.traceback}" if message.failure.traceback else ""
         return f"round {round}: failed, and the server knows: {message.failure.reason}{trace}"
-    return f"round {round}: {content} delivered" + (f" ({size:,} bytes)" if size else "")
+    what = "answer" if content == "envelope" else content
+    return f"round {round}: {what} delivered" + (f" ({size:,} bytes)" if size else "")

@@ -9,7 +9,7 @@ import asyncio
 import random
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import grpc
@@ -17,8 +17,10 @@ from grpc import aio
 
 from shoal.client.diagnose import diagnose
 from shoal.protos import fleet_pb2 as wire
+from shoal.protos.codec import write_settings
 from shoal.protos.errors import ConnectionRefused
 from shoal.protos.fleet_pb2_grpc import FleetStub
+from shoal.protos.messages import NOTHING, Setting
 from shoal.protos.transport import CAPABILITIES, CHANNEL, SERVICE, VERSIONS, Address, Certificates, software
 
 __all__ = ["Link"]
@@ -46,7 +48,7 @@ class Stub(FleetStub):
 
 
 class Link:
-    """``heard`` gets each offer and withdrawal; ``note`` gets sentences for people.
+    """``heard`` gets each offer and withdrawal; ``note`` gets sentences for people; ``about`` is said of the client.
 
     :attr:`session` is the token for other calls; :attr:`working` names the task in hand in every heartbeat.
     """
@@ -58,9 +60,10 @@ class Link:
         client: str,
         heard: Callable[[wire.ConnectReply], None],
         note: Callable[[str], None],
+        about: Mapping[str, Setting] = NOTHING,
     ) -> None:
         self._address, self._certificates, self.client = address, certificates, client
-        self._heard, self._note = heard, note
+        self._heard, self._note, self._about = heard, note, write_settings(about)
         self._instance, self.working = secrets.token_hex(8), ""
         self._session, self._connected = "", asyncio.Event()
         self._dial()
@@ -133,6 +136,7 @@ class Link:
             capabilities=CAPABILITIES,
             client=self.client,
             instance=self._instance,
+            about=self._about,
         )
         try:
             await call.write(wire.ConnectRequest(hello=hello))

@@ -104,14 +104,14 @@ def keep_state(folder: Path, round: int, data: bytes) -> None:
     write_whole(folder / f"{round:05d}", [data])
 
 
-def kept_state(folder: Path, counted: int) -> bytes | None:
+def kept_state(folder: Path, counted: int, older: int = OLDER) -> bytes | None:
     """The state of the update that was last counted, None if there is none; what can no longer become true goes.
 
     It is asked for when a task begins: what is newer than the last counted state then was never counted.
     """
     states = sorted((path for path in folder.iterdir() if path.name.isdecimal()), key=lambda path: int(path.name))
-    older = [path for path in states if int(path.name) < counted]
-    for old in [*older[:-OLDER], *(path for path in states if int(path.name) > counted)]:
+    before = [path for path in states if int(path.name) < counted]
+    for old in [*before[:-older], *(path for path in states if int(path.name) > counted)]:
         old.unlink(missing_ok=True)
     path = folder / f"{counted:05d}"
     return path.read_bytes() if counted and path.is_file() else None

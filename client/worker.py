@@ -29,7 +29,7 @@ from shoal.protos.assignment import Assignment
 from shoal.protos.codec import decode_task, encode
 from shoal.protos.errors import DataError, ExperimentError, InvalidUpdate, ShoalError
 from shoal.protos.files import mapped
-from shoal.protos.messages import Failure, Kind, Measurement, Task, Update
+from shoal.protos.messages import Kind, Measurement, Task, Update
 from shoal.protos.parameters import Layout, frozen_hash
 from shoal.strategies.base import Mine, Strategy
 from shoal.strategies.sums import Carried
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def _look(job: Mapping[str, Any]) -> dict[str, Any]:
-    """What a client's data hold; the reason if they, its device or the code it allows are not to be had."""
+    """What there is to say of a client's data; the reason if they, its device or the code it allows are not there."""
     try:
         for name in job["allow"]:
             registry.load("what --allow names", name)
@@ -62,7 +62,7 @@ def _look(job: Mapping[str, Any]) -> dict[str, Any]:
         return {"error": str(error)}
     except Exception as error:
         return {"error": f"the data of client {job['client']!r} cannot be read: {type(error).__name__}: {error}"}
-    return {"examples": len(shard), "held_out": len(shard.held_out or ())}
+    return {"about": f"{len(shard)} examples to train on, {len(shard.held_out or ())} held out"}
 
 
 def _check_device(device: str) -> None:
@@ -81,15 +81,9 @@ def _play(job: Mapping[str, Any]) -> dict[str, Any]:
     try:
         header, payload = encode(_answer(job))
     except (Exception, SystemExit) as error:
-        header, payload = encode(_sendable(failure(error, client, round)))
+        header, payload = encode(failure(error, client, round).sendable())
     Outbox(Path(job["outbox"])).put(job["nonce"], header, payload)
     return {}
-
-
-def _sendable(told: Failure) -> Failure:
-    """Of a length, and in characters, that fit into a header: names of files may hold others."""
-    reason, trace = (text.encode("utf-8", "replace").decode() for text in (told.reason, told.traceback))
-    return Failure(told.client, told.round, reason[:20_000], trace[-20_000:])
 
 
 def _answer(job: Mapping[str, Any]) -> Update[np.ndarray] | Measurement:

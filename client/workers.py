@@ -23,9 +23,10 @@ class WorkerLost(Exception):
 
 
 class Workers:
-    """At most ``count`` processes; a job waits until one is free."""
+    """At most ``count`` processes that run ``main`` of the module ``program``; a job waits until one is free."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, program: str = "shoal.client.worker") -> None:
+        self._program = program
         self._idle: list[Process] = []
         self._free = asyncio.Semaphore(count)
         self._all: set[Process] = set()
@@ -66,7 +67,7 @@ class Workers:
                 return process
             self._all.discard(process)  # it died without a job: nobody's failure
         process = await asyncio.create_subprocess_exec(
-            *command("shoal.client.worker"),
+            *command(self._program),
             stdin=PIPE,
             stdout=PIPE,
             env=environment(),

@@ -45,15 +45,26 @@ from shoal.protos.manifest import (
     wire_dtype,
     write_manifest,
 )
-from shoal.protos.messages import Failure, Kind, Measurement, Setting, Spec, Task, Update
+from shoal.protos.messages import Envelope, Failure, Kind, Measurement, Setting, Spec, Task, Update
 from shoal.protos.parameters import Entry, Layout, Parameters, Segment, frozen_hash
 
-__all__ = ["content_of", "decode_failure", "decode_measurement", "decode_task", "decode_update", "encode"]
+__all__ = [
+    "content_of",
+    "decode_envelope",
+    "decode_failure",
+    "decode_measurement",
+    "decode_task",
+    "decode_update",
+    "encode",
+    "read_settings",
+    "readdressed",
+    "write_settings",
+]
 
 DEPTH = 16  # of lists in settings; protobuf gives up at 50
 MODEL = ("trainable", "buffers", "counters")
 
-Value = Task[np.ndarray] | Update[np.ndarray] | Measurement | Failure
+Value = Task[np.ndarray] | Update[np.ndarray] | Measurement | Envelope | Failure
 E = TypeVar("E", bound=StrEnum)
 
 
@@ -110,6 +121,23 @@ def decode_measurement(header: bytes, payload: bytes | memoryview = b"", *, limi
     return _read_measurement(message.measurement, arrays, limits)
 
 
+def decode_envelope(
+    header: bytes, payload: bytes | memoryview | None, *, limits: Limits = LIMITS, verify: bool = True
+) -> Envelope:
+    """The envelope, whose content is a view on the payload; zeros while that is still to come (None)."""
+    message, arrays = _open("envelope", header, payload, limits, verify)
+    return _read_envelope(message.envelope, arrays, limits)
+
+
+def readdressed(header: bytes, round: int, settings: Mapping[str, Setting], *, limits: Limits = LIMITS) -> bytes:
+    """The header of an envelope with the same content and other settings: the payload is not needed for it."""
+    message = _parse(header, "header of the envelope", limits)
+    message.envelope.CopyFrom(wire.Envelope(round=round, settings=write_settings(settings)))
+    data = message.SerializeToString()
+    at_most(limits.header, len(data), "bytes in the header")
+    return data
+
+
 def decode_failure(header: bytes, payload: bytes | memoryview = b"", *, limits: Limits = LIMITS) -> Failure:
     """The failure; its payload is empty."""
     message, arrays = _open("failure", header, payload, limits, True)
@@ -147,6 +175,9 @@ def _write(value: Value) -> tuple[wire.Header, Arrays]:
         return wire.Header(failure=failure), {}
     if isinstance(value, Measurement):
         return wire.Header(measurement=wire.Measurement(metrics=_write_metrics(value.metrics))), {}
+    if isinstance(value, Envelope):
+        envelope = wire.Envelope(round=value.round, settings=write_settings(value.settings))
+        return wire.Header(envelope=envelope), {("content", "content"): value.content}
     if isinstance(value, Task):
         header, vectors = wire.Header(task=_write_task(value)), {role: getattr(value.model, role) for role in MODEL}
     else:
@@ -167,6 +198,8 @@ def _read(header: wire.Header, arrays: Arrays, limits: Limits) -> Value:
         return _read_update(header.update, arrays, limits)
     if header.HasField("measurement"):
         return _read_measurement(header.measurement, arrays, limits)
+    if header.HasField("envelope"):
+        return _read_envelope(header.envelope, arrays, limits)
     return _read_failure(header.failure, arrays)
 
 
@@ -179,10 +212,7 @@ def _write_task(task: Task[np.ndarray]) -> wire.Task:
         layout=[wire.Entry(name=e.name, segment=e.segment, dtype=e.dtype, shape=e.shape) for e in layout.entries],
         layout_hash=layout.hash,
         frozen_hash=frozen_hash(task.model.frozen),
-        settings=[
-            wire.NamedSetting(name=name, value=_write_setting(value, f"setting {quote(name)}"))
-            for name, value in task.settings.items()
-        ],
+        settings=write_settings(task.settings),
         reply=None if task.reply is None else _write_reply(task.reply),
     )
 
@@ -191,16 +221,29 @@ def _read_task(task: wire.Task, arrays: Arrays, limits: Limits) -> Task[np.ndarr
     layout = _read_layout(task, limits)
     vectors, tensors = _split(arrays, "task", MODEL)
     _check_model(vectors, layout)
-    check_names((s.name for s in task.settings), "setting", limits)
     return Task(
         _member(Kind, task.kind, "the task's kind"),
         task.round,
         task.version,
         Parameters(layout, vectors["trainable"], vectors["buffers"], vectors["counters"]),
         tensors,
-        {s.name: _read_setting(s.value, f"setting {quote(s.name)}") for s in task.settings},
+        read_settings(task.settings, limits),
         _read_reply(task.reply, limits) if task.HasField("reply") else None,
     )
+
+
+def write_settings(settings: Mapping[str, Setting]) -> list[wire.NamedSetting]:
+    """CodecError for a value that has no wire form."""
+    return [
+        wire.NamedSetting(name=name, value=_write_setting(value, f"setting {quote(name)}"))
+        for name, value in settings.items()
+    ]
+
+
+def read_settings(settings: Sequence[wire.NamedSetting], limits: Limits = LIMITS) -> dict[str, Setting]:
+    """The inverse of :func:`write_settings`; CodecError for a name that stands there twice, or a missing value."""
+    check_names((s.name for s in settings), "setting", limits)
+    return {s.name: _read_setting(s.value, f"setting {quote(s.name)}") for s in settings}
 
 
 def _read_layout(task: wire.Task, limits: Limits) -> Layout:
@@ -294,6 +337,15 @@ def _read_update(update: wire.Update, arrays: Arrays, limits: Limits) -> Update[
 def _read_measurement(measurement: wire.Measurement, arrays: Arrays, limits: Limits) -> Measurement:
     _without_tensors(arrays, "measurement")
     return Measurement(_read_metrics(measurement.metrics, limits))
+
+
+def _read_envelope(envelope: wire.Envelope, arrays: Arrays, limits: Limits) -> Envelope:
+    vectors, tensors = _split(arrays, "envelope", ("content",))
+    _without_tensors({(TENSOR, name): tensor for name, tensor in tensors.items()}, "envelope")
+    content = vectors["content"]
+    if content.dtype != np.uint8 or content.ndim != 1:
+        raise CodecError(f"the envelope's content is {content.dtype}{list(content.shape)}; it must be bytes: uint8[n]")
+    return Envelope(envelope.round, content, read_settings(envelope.settings, limits))
 
 
 def _without_tensors(arrays: Arrays, what: str) -> None:

@@ -81,6 +81,7 @@ class Hello(_message.Message):
     CAPABILITIES_FIELD_NUMBER: _builtins.int
     CLIENT_FIELD_NUMBER: _builtins.int
     INSTANCE_FIELD_NUMBER: _builtins.int
+    ABOUT_FIELD_NUMBER: _builtins.int
     software: _builtins.str
     """For people: "shoal 0.1.0"."""
     client: _builtins.str
@@ -95,6 +96,12 @@ class Hello(_message.Message):
     def capabilities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """What the client can do beyond the version's minimum; both sides use what both name."""
 
+    @_builtins.property
+    def about(self) -> _containers.RepeatedCompositeFieldContainer[Global___NamedSetting]:
+        """What the client says of itself where a server wants to know more: the app that it has, and which part of the data.
+        Names are unique.
+        """
+
     def __init__(
         self,
         *,
@@ -103,10 +110,11 @@ class Hello(_message.Message):
         capabilities: _abc.Iterable[_builtins.str] | None = ...,
         client: _builtins.str = ...,
         instance: _builtins.str = ...,
+        about: _abc.Iterable[Global___NamedSetting] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "client", b"client", "instance", b"instance", "software", b"software", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["about", b"about", "capabilities", b"capabilities", "client", b"client", "instance", b"instance", "software", b"software", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -247,7 +255,7 @@ class Offer(_message.Message):
     that update is the one that is true now.
     """
     header: _builtins.bytes
-    """A serialised Header with a Task; its payload is to be fetched with Download, by the manifest's sha256."""
+    """A serialised Header with a Task or an Envelope; its payload is to be fetched with Download, by the manifest's sha256."""
     @_builtins.property
     def assignment(self) -> Global___Content:
         """The run's assignment: JSON that says which strategy, local training and model, to be fetched with Download."""
@@ -445,7 +453,7 @@ class BeginRequest(_message.Message):
     nonce: _builtins.str
     """The task."""
     header: _builtins.bytes
-    """A serialised Header with an Update, a Measurement or a Failure."""
+    """A serialised Header with an Update, a Measurement, an Envelope or a Failure."""
     def __init__(
         self,
         *,
@@ -627,6 +635,7 @@ class Header(_message.Message):
     UPDATE_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
     MEASUREMENT_FIELD_NUMBER: _builtins.int
+    ENVELOPE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def manifest(self) -> Global___Manifest:
         """What the payload holds."""
@@ -647,6 +656,10 @@ class Header(_message.Message):
     def measurement(self) -> Global___Measurement:
         """Client to server: what an evaluation gave."""
 
+    @_builtins.property
+    def envelope(self) -> Global___Envelope:
+        """Either way: a message between the two sides of an app, or the answer to it."""
+
     def __init__(
         self,
         *,
@@ -655,12 +668,13 @@ class Header(_message.Message):
         update: Global___Update | None = ...,
         failure: Global___Failure | None = ...,
         measurement: Global___Measurement | None = ...,
+        envelope: Global___Envelope | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "failure", b"failure", "manifest", b"manifest", "measurement", b"measurement", "task", b"task", "update", b"update"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "envelope", b"envelope", "failure", b"failure", "manifest", b"manifest", "measurement", b"measurement", "task", b"task", "update", b"update"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "failure", b"failure", "manifest", b"manifest", "measurement", b"measurement", "task", b"task", "update", b"update"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "envelope", b"envelope", "failure", b"failure", "manifest", b"manifest", "measurement", b"measurement", "task", b"task", "update", b"update"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_content: _TypeAlias = _typing.Literal["task", "update", "failure", "measurement"]  # noqa: Y015
+    _WhichOneofReturnType_content: _TypeAlias = _typing.Literal["task", "update", "failure", "measurement", "envelope"]  # noqa: Y015
     _WhichOneofArgType_content: _TypeAlias = _typing.Literal["content", b"content"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_content) -> _WhichOneofReturnType_content | None: ...
 
@@ -717,8 +731,8 @@ class Tensor(_message.Message):
     name: _builtins.str
     """The strategy's own name if the role is "tensor"; otherwise the role again."""
     role: _builtins.str
-    """"trainable", "buffers", "counters" (a model's vectors), "delta" (trained minus sent) or "tensor" (the strategy's
-    own). No two tensors agree in role and name.
+    """"trainable", "buffers", "counters" (a model's vectors), "delta" (trained minus sent), "content" (an envelope's) or
+    "tensor" (the strategy's own). No two tensors agree in role and name.
     """
     dtype: _builtins.str
     """"float64", "float32", "float16", "bfloat16", "int64", "int32", "int8", "uint8" or "bool" (one byte, 0 or 1)."""
@@ -965,6 +979,36 @@ class Measurement(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Measurement: _TypeAlias = Measurement  # noqa: Y015
+
+@_typing.final
+class Envelope(_message.Message):
+    """A message between the two sides of an app, or the answer to it. Its payload is one vector, "content", of uint8: bytes
+    in the app's own form, into which this protocol does not look.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROUND_FIELD_NUMBER: _builtins.int
+    SETTINGS_FIELD_NUMBER: _builtins.int
+    round: _builtins.int
+    """The round that it belongs to."""
+    @_builtins.property
+    def settings(self) -> _containers.RepeatedCompositeFieldContainer[Global___NamedSetting]:
+        """What stands beside the content: who it is for, how it is to be read. Names are unique."""
+
+    def __init__(
+        self,
+        *,
+        round: _builtins.int = ...,
+        settings: _abc.Iterable[Global___NamedSetting] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["round", b"round", "settings", b"settings"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Envelope: _TypeAlias = Envelope  # noqa: Y015
 
 @_typing.final
 class Failure(_message.Message):
@@ -1311,7 +1355,7 @@ class RunStatus(_message.Message):
     folder: _builtins.str
     """Where it is kept on the server."""
     rounds: _builtins.int
-    """How many rounds it shall have."""
+    """How many rounds it shall have; 0 if only its app knows."""
     round: _builtins.int
     """The round in progress, or the last one; 0 before the first."""
     phase: _builtins.str

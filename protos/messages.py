@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from types import MappingProxyType
 from typing import Any, Generic, TypeVar
@@ -20,13 +20,26 @@ import numpy as np
 from shoal.protos.errors import InvalidUpdate
 from shoal.protos.parameters import Layout, Parameters, Segment
 
-__all__ = ["Failure", "Kind", "Measurement", "Sent", "Setting", "Spec", "Task", "Update", "check_update"]
+__all__ = [
+    "NOTHING",
+    "Envelope",
+    "Failure",
+    "Kind",
+    "Measurement",
+    "Sent",
+    "Setting",
+    "Spec",
+    "Task",
+    "Update",
+    "check_update",
+]
 
 A = TypeVar("A")
 B = TypeVar("B")
 Setting = bool | int | float | str | bytes | list[Any]
 MOST = 1e12  # more examples or steps than anyone has: a client that claims them would outweigh all others
 DIVERGED = "training diverged; lower local.lr or set local.clip"
+LONGEST = 20_000  # characters of a failure's reason, and of its traceback, that cross
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -118,6 +131,19 @@ class Measurement:
 
 
 @dataclass(frozen=True)
+class Envelope:
+    """A message between the two sides of an app, or the answer to it.
+
+    ``content`` ``[n]`` of uint8 is in the app's own form; ``settings`` say what is to be known without reading it.
+    Messages with the same content have the same payload, whatever their settings.
+    """
+
+    round: int
+    content: np.ndarray
+    settings: Mapping[str, Setting] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Failure:
     """A client that did not deliver: why, in one sentence, and its own traceback where its code raised.
 
@@ -130,6 +156,11 @@ class Failure:
     reason: str
     traceback: str = ""
     kind: str = "failed"
+
+    def sendable(self) -> Failure:
+        """Of a length, and in characters, that fit into a header: names of files may hold others."""
+        reason, trace = (text.encode("utf-8", "replace").decode() for text in (self.reason, self.traceback))
+        return replace(self, reason=reason[:LONGEST], traceback=trace[-LONGEST:])
 
 
 def check_update(

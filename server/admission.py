@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 
 from shoal.protos import fleet_pb2 as wire
 from shoal.protos.codec import content_of, decode_failure
@@ -12,7 +12,9 @@ from shoal.protos.transport import VERSIONS, software
 from shoal.server.orders import Assigned, Denied
 from shoal.server.spool import Incoming
 
-__all__ = ["check_name", "common_version", "examine", "failure_of"]
+__all__ = ["Admit", "check_name", "common_version", "examine", "failure_of", "without_an_app"]
+
+Admit = Callable[[wire.Hello, Collection[str]], None]  # who calls, and who is connected: Denied if it may not come in
 
 SENTENCE, LONGEST = 2_000, 20_000  # characters of a reason and of a client's traceback that are kept
 
@@ -34,6 +36,15 @@ def check_name(client: str) -> None:
     """Denied unless people can read it."""
     if not client or len(client) > 200 or not client.isprintable():
         raise Denied("INVALID_ARGUMENT", f"{client[:80]!r} is no client name: 1 to 200 printable characters; set --id")
+
+
+def without_an_app(hello: wire.Hello, present: Collection[str]) -> None:
+    """Denied for a client that brings an app of its own: this server has experiments."""
+    if hello.about:
+        raise Denied(
+            "FAILED_PRECONDITION",
+            "this server has experiments of Shoal's and no app of Flower's; connect with 'shoal client'",
+        )
 
 
 def examine(assigned: Assigned, incoming: Incoming) -> Failure | None:

@@ -45,8 +45,9 @@ RANK = ("late", "lost", "rejected", "failed", "checking", "uploading", "asked", 
 
 @dataclass
 class _Row:
-    """One task of the last order; ``state`` is empty as long as the hub knows better."""
+    """One task of the last orders; ``state`` is empty as long as the hub knows better."""
 
+    order: Order
     client: str
     since: float
     state: str = ""
@@ -75,10 +76,13 @@ class _Run:
     def turn(self, phase: str) -> None:
         self.phase, self.since = phase, time.monotonic()
 
-    def begin(self, order: Order) -> None:
+    def begin(self, order: Order, goes_on: bool) -> None:
+        """``goes_on``: the order is a further one of the same round and kind."""
         self.order, self.round = order, order.round
-        self.turn("training" if order.kind is Kind.TRAIN else "evaluating")
-        if order.kind is Kind.TRAIN:
+        phase = "training" if order.kind is Kind.TRAIN else "evaluating"
+        if not goes_on or self.phase != phase:
+            self.turn(phase)
+        if order.kind is Kind.TRAIN and not goes_on:
             self.round_since = self.since
 
 
@@ -120,24 +124,30 @@ class Board:
         match news, self._run:
             case Opened(), _:
                 self._run = _Run(news, news.round, time.monotonic())
-                self._ask(())
+                self._rows, self._nonces = {}, {}
             case Asked(order, calls), run:
-                self._ask(calls)
+                goes_on = any(_same(row.order, order) for row in self._rows.values())
+                self._ask(order, calls, goes_on)
                 if run is not None:
-                    run.begin(order)
-            case Over(), run:
+                    run.begin(order, goes_on)
+            case Over(order), run:
                 for row in self._rows.values():
-                    row.state = row.state or "withdrawn"
-                if run is not None:
+                    row.state = row.state or ("withdrawn" if row.order is order else "")
+                if run is not None and run.order is order:
                     run.order = None
                     run.turn("summing")
             case Recorded(round, numbers), _Run() as run:
                 run.record(round, numbers)
 
-    def _ask(self, calls: Sequence[Call]) -> None:
+    def _ask(self, order: Order, calls: Sequence[Call], goes_on: bool) -> None:
+        """Show those who are asked, beside others of the same round where each has an order of its own."""
         now = time.monotonic()
-        self._rows = {call.nonce: _Row(call.client, now, "answered" if call.taken else "") for call in calls}
-        self._nonces = {call.client: call.nonce for call in calls}
+        if not goes_on:
+            self._rows, self._nonces = {}, {}
+        for call in calls:
+            self._rows.pop(self._nonces.get(call.client, ""), None)
+            self._rows[call.nonce] = _Row(order, call.client, now, "answered" if call.taken else "")
+            self._nonces[call.client] = call.nonce
 
     def _settle(self, nonce: str, state: str, reason: str = "") -> None:
         if nonce in self._rows:
@@ -218,6 +228,10 @@ class Board:
             if waited_for.incoming is not None:
                 task.bytes_here, task.bytes_total = waited_for.incoming.offset, waited_for.incoming.total
         return task
+
+
+def _same(one: Order, other: Order) -> bool:
+    return (one.run, one.round, one.kind) == (other.run, other.round, other.kind)
 
 
 def _run_status(run: _Run, states: Counter[str], now: float) -> wire.RunStatus:

@@ -16,7 +16,7 @@ from shoal.protos import fleet_pb2 as wire
 from shoal.protos.codec import content_of, decode_failure
 from shoal.protos.errors import CodecError, InvalidUpdate
 from shoal.protos.transport import CAPABILITIES, software
-from shoal.server.admission import check_name, common_version, examine, failure_of
+from shoal.server.admission import Admit, check_name, common_version, examine, failure_of, without_an_app
 from shoal.server.orders import (
     Answered,
     Asked,
@@ -44,10 +44,10 @@ QUEUED = 64  # replies to one client: a client that does not read gets no more h
 
 
 class Hub:
-    """``tell`` gets all news and must not block."""
+    """``tell`` gets all news and must not block. ``admit`` may deny a client whose name and version are right."""
 
-    def __init__(self, tell: Callable[[News], None], heartbeat: float = 30.0) -> None:
-        self.tell, self.heartbeat = tell, heartbeat
+    def __init__(self, tell: Callable[[News], None], heartbeat: float = 30.0, admit: Admit = without_an_app) -> None:
+        self.tell, self.heartbeat, self._admit = tell, heartbeat, admit
         self.known: dict[str, str] = {}  # the clients that ever joined, with the identities they proved
         self._sessions: dict[str, Session] = {}  # by token
         self._present: dict[str, Session] = {}  # by client
@@ -70,6 +70,7 @@ class Hub:
         """Accept a client; Denied if it speaks another protocol or bears another's name."""
         version = common_version(hello)
         check_name(hello.client)
+        self._admit(hello, self.present)
         if self.known.setdefault(hello.client, identity) != identity:
             self.tell(Refused(hello.client, peer, identity))
             raise Denied(
@@ -184,12 +185,13 @@ class Hub:
         self.tell(Asked(order, calls))
 
     def end(self, order: Order, reason: str) -> None:
-        """Withdraw what is still open, and forget the order's content."""
+        """Withdraw what is still open, and forget the order's content unless another order has the same."""
         for assigned in [a for a in self._open.values() if a.order is order]:
             if assigned.committing is None:
                 self._withdraw(assigned, reason)
             self._forget(assigned)
-        self._blobs.pop(order.payload.sha256, None)
+        if all(a.order.payload.sha256 != order.payload.sha256 for a in self._open.values()):
+            self._blobs.pop(order.payload.sha256, None)
         self.tell(Over(order))
 
     def _fail(self, assigned: Assigned, reason: str, kind: str) -> None:

@@ -6,11 +6,12 @@ import asyncio
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
 
 from shoal.protos import fleet_pb2 as wire
 from shoal.protos.errors import ShoalError
 from shoal.protos.messages import Failure, Kind
-from shoal.server.journal import Journal
 from shoal.server.spool import Incoming
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "Refused",
     "Repeated",
     "Session",
+    "Shelf",
     "Uncounted",
 ]
 
@@ -170,9 +172,21 @@ class Blob:
         return wire.Content(sha256=self.sha256, total_bytes=sum(buffer.nbytes for buffer in self.buffers))
 
 
+class Shelf(Protocol):
+    """Where an order's answers lie; mostly a :class:`~shoal.server.journal.Journal`."""
+
+    def payload(self, nonce: str) -> Path:
+        """The file for the bytes of an answer."""
+        ...
+
+    def take(self, nonce: str, header: bytes, identity: str) -> None:
+        """Keep an answer that is whole and right, given by a client that has proven this identity."""
+        ...
+
+
 @dataclass(frozen=True)
 class Order:
-    """One ask: what its clients have in common.
+    """One ask: what its clients have in common. What a client is asked alone is an order of its own.
 
     ``check(client, content, header, payload)`` raises for an answer that must not be taken; it is called with None for
     a payload still to come, and not for a failure. The others are kept in the ``journal``. ``ends`` is a time of the
@@ -185,7 +199,7 @@ class Order:
     header: bytes
     payload: Blob
     check: Callable[[str, str, bytes, memoryview | None], None]
-    journal: Journal
+    journal: Shelf
     lease: float
     ends: float | None = None
     kind: Kind = Kind.TRAIN
@@ -193,7 +207,7 @@ class Order:
 
 @dataclass(frozen=True)
 class Call:
-    """Whom an order asks. ``counted`` is the round in which the client was last counted.
+    """Whom an order asks. ``counted`` is the round in which the client was last counted (of an app: its message).
 
     ``taken``: its answer is in the journal already, and the client may not know.
     """

@@ -19,6 +19,7 @@ from grpc import aio
 from shoal.protos import fleet_pb2 as wire
 from shoal.protos.errors import ConnectionRefused
 from shoal.protos.transport import SERVER, Address, Certificates
+from shoal.server.admission import Admit, without_an_app
 from shoal.server.board import Board
 from shoal.server.health import Health
 from shoal.server.hub import Hub
@@ -35,7 +36,8 @@ PARTING = 2.0  # seconds for clients to hear the goodbye
 class Serving:
     """Listens from the moment it is made until :meth:`close`. :attr:`events` is all that comes back.
 
-    ``service`` answers the calls. :attr:`watchers` hear all news, on the loop; the :attr:`board` is the first of them.
+    ``service`` answers the calls, ``admit`` denies those who must not come in. :attr:`watchers` hear all news, on
+    the loop; the :attr:`board` is the first of them.
     ConnectionRefused if the address cannot be had.
     """
 
@@ -46,11 +48,12 @@ class Serving:
         *,
         heartbeat: float = 30.0,
         service: Callable[[Hub], grpc.GenericRpcHandler] = handlers,
+        admit: Admit = without_an_app,
     ) -> None:
         self.address, self._certificates, self._service = address, certificates, service
         _check_free(address)
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self.hub = Hub(self._spread, heartbeat)
+        self.hub = Hub(self._spread, heartbeat, admit)
         self.board = Board(self.hub)
         self.watchers: list[Callable[[News], None]] = [self.board.hear]
         self._goodbye = (wire.Goodbye.COME_BACK, "the server stops")

@@ -294,6 +294,63 @@ def flower_run(
     raise typer.Exit(0 if done.status == "finished" else 130)
 
 
+NodeConfig = Annotated[
+    str, typer.Option("--node-config", metavar="'KEY=VALUE …'", help="What the app is told of this device.")
+]
+
+
+@flower_app.command("server")
+def flower_server(
+    path: Annotated[Path, typer.Argument(help="The folder of a Flower app, with its pyproject.toml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the app's run config: lr=0.1")
+    ] = None,
+    nodes: Annotated[int | None, typer.Option(help="Devices.", show_default="the pyproject's, or 2")] = None,
+    seed: Annotated[int, typer.Option(help="Of cohorts, and of what the app draws.")] = 0,
+    listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where devices call.")] = "127.0.0.1:8470",
+    tls: Tls = None,
+    insecure: Insecure = False,
+    force: Force = False,
+    lease: Annotated[float, typer.Option(help="Seconds without a sign after which a device's turn is lost.")] = 90.0,
+    heartbeat: Annotated[float, typer.Option(help="Seconds between two signs of a device.")] = 30.0,
+    http: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Show /metrics and /healthz there.", show_default="nowhere")
+    ] = None,
+    out: Out = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """Run a Flower app, as it is, on devices that connect. It begins when all of them are there."""
+    from shoal.flower import serve
+    from shoal.serve import Door
+
+    certificates = None if tls is None else str(tls.resolve())
+    door = Door(listen, certificates, insecure, force, lease=lease, heartbeat=heartbeat, http=http)
+    shown = "json" if as_json else "auto"
+    done = serve(path, overrides or [], door=door, nodes=nodes, seed=seed, out=out, progress=shown)
+    raise typer.Exit(0 if done.status == "finished" else 130)
+
+
+@flower_app.command("client")
+def flower_client(
+    path: Annotated[Path, typer.Argument(help="The folder of the app, whose ClientApp this device plays.")],
+    connect: Annotated[str, typer.Option(metavar="HOST:PORT", help="The server.")],
+    name: Annotated[str | None, typer.Option("--id", help="This device's name.", show_default="the machine's")] = None,
+    node_config: NodeConfig = "",
+    tls: Tls = None,
+    insecure: Insecure = False,
+    force: Force = False,
+    state: Annotated[
+        Path | None, typer.Option(help="What this device keeps.", show_default="in ~/.local/state")
+    ] = None,
+    stay: Annotated[bool, typer.Option("--stay", help="Wait for another run when one has finished.")] = False,
+    patience: Annotated[float | None, typer.Option(help="Seconds without a server, then give up.")] = None,
+) -> None:
+    """Take part in a Flower app that is served: this device is one of its nodes."""
+    from shoal.flower.joining import Device
+
+    Device(path, connect, name, node_config, tls, insecure, force, state, stay, patience).join()
+
+
 @flower_app.command("doctor")
 def flower_doctor(
     path: Annotated[Path, typer.Argument(help="The folder of a Flower app, with its pyproject.toml.")],

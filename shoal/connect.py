@@ -22,7 +22,7 @@ from shoal.protos import registry
 from shoal.protos.errors import DataError, ExperimentError, nearest
 from shoal.protos.transport import Address, check_exposure
 
-__all__ = ["Request", "connect"]
+__all__ = ["Request", "Voice", "connect", "state_of", "take_part"]
 
 BY_SUFFIX = {".csv": "csv", ".npz": "npz", ".parquet": "parquet"}
 
@@ -47,12 +47,12 @@ class Request:
     once: bool = False
     patience: float | None = None
 
-    def settings(self, voice: _Voice | None = None) -> Settings:
+    def settings(self, voice: Voice | None = None) -> Settings:
         """Everything checked that can be without the server."""
         voice = voice or self.voice()
         address = Address.parse(self.server)
         certificates = check_exposure(address, self.tls, self.insecure, self.force)
-        state = self.state or _home() / quote(str(address), safe=":[]")
+        state = self.state or state_of(address)
         clients = self._hosted(state) if self.simulate is not None else self._single()
         if self.workers is not None and self.workers < 1:
             raise ExperimentError(f"--workers is {self.workers}; at least one process must train")
@@ -102,12 +102,12 @@ class Request:
             )
         return {unquote(path.stem): {"path": str(path.resolve())} for path in chosen}
 
-    def voice(self) -> _Voice:
+    def voice(self) -> Voice:
         """Who tells people what happens."""
-        return _Voice() if self.simulate is None else _Crowd(self.simulate)
+        return Voice() if self.simulate is None else _Crowd(self.simulate)
 
 
-class _Voice:
+class Voice:
     """One client: a line for everything."""
 
     def hear(self, client: str, text: str) -> None:
@@ -117,7 +117,7 @@ class _Voice:
         return
 
 
-class _Crowd(_Voice):
+class _Crowd(Voice):
     """Many clients: a line for each round, and for what goes wrong."""
 
     def __init__(self, count: int) -> None:
@@ -148,10 +148,14 @@ class _Crowd(_Voice):
 def connect(request: Request) -> None:
     """Until the server has finished, or Ctrl-C."""
     voice = request.voice()
-    settings = request.settings(voice)
+    take_part(request.settings(voice), voice)
+
+
+def take_part(settings: Settings, voice: Voice, what: str = "shoal client") -> None:
+    """The same with what came of the options; ``what`` was typed, as people shall read it."""
     names = list(settings.clients)
     who = names[0] if len(names) == 1 else f"{len(names)} clients, {names[0]} to {names[-1]}"
-    _say(f"shoal client · {who} · server {settings.address}")
+    _say(f"{what} · {who} · server {settings.address}")
 
     async def main() -> None:
         running = asyncio.ensure_future(host(settings))
@@ -235,6 +239,8 @@ def _absolute(name: str) -> str:
     return f"{Path(place).resolve()}:{attribute}" if place.endswith(".py") else name
 
 
-def _home() -> Path:
+def state_of(address: Address) -> Path:
+    """Where clients of a server keep what they keep, unless they say otherwise."""
     base = os.environ.get("XDG_STATE_HOME")
-    return (Path(base) if base else Path.home() / ".local" / "state") / "shoal"
+    home = (Path(base) if base else Path.home() / ".local" / "state") / "shoal"
+    return home / quote(str(address), safe=":[]")

@@ -52,13 +52,17 @@ def _run(reply: wire.StatusReply) -> list[str]:
     phase = f"{_phase(run)} for {duration(run.phase_for)}"
     begun = f", begun {duration(run.round_for)} ago" if run.round_for else ""
     ends = f", deadline in {duration(run.deadline_in)}" if run.HasField("deadline_in") else ""
-    lines = [f"run      {run.folder}", f"round    {run.round} of {run.rounds}, {phase}{begun}{ends}"]
+    lines = [f"run      {run.folder}", f"round    {_at(run)}, {phase}{begun}{ends}"]
     if run.states:
         lines.append(f"asked    {reply.asked}: {_states(run)}")
     if run.metrics:
         numbers = [f"{name} {run.metrics[name]:.4f}" for name in sorted(run.metrics)]
         lines.append(f"metrics  {'  '.join(numbers)}")
     return lines
+
+
+def _at(run: wire.RunStatus) -> str:
+    return f"{run.round} of {run.rounds}" if run.rounds else str(run.round)
 
 
 def _phase(run: wire.RunStatus) -> str:
@@ -123,7 +127,7 @@ class Ticker:
         """A line about the round and its clients if there is another one to say, and one for each new failure."""
         run, said = reply.run, [f"{reply.connected} connected"]
         if reply.HasField("run"):
-            where = f"round {run.round} of {run.rounds}, {_phase(run)}"
+            where = f"round {_at(run)}, {_phase(run)}"
             said = [where, *([f"{reply.asked} asked: {_states(run)}"] if run.states else []), *said]
         said += [f"the disk takes no more ({reply.disk})"] if reply.disk else []
         said += ["about to stop"] if reply.draining else []

@@ -19,6 +19,7 @@ from shoal.progress import Display, display
 from shoal.protos.errors import ExperimentError
 from shoal.protos.transport import Address, Certificates, check_exposure
 from shoal.run import Run
+from shoal.server.admission import Admit, without_an_app
 from shoal.server.audit import Audit
 from shoal.server.board import called_from
 from shoal.server.callbacks import Callback
@@ -33,7 +34,7 @@ from shoal.server.reporter import Reporter
 from shoal.server.runs import RunFolder
 from shoal.server.serving import Serving
 
-__all__ = ["Door", "serve", "served"]
+__all__ = ["Door", "Roster", "serve", "served"]
 
 FEW = 20  # clients, up to which each that comes or goes is worth a line
 GRACE = 60.0  # seconds for a round to end after SIGTERM, before systemd and its like kill (90 s)
@@ -76,10 +77,11 @@ class Door:
         return Address.parse(f"127.0.0.1:{self.http}" if self.http.isdecimal() else self.http)
 
     @contextmanager
-    def open(self) -> Iterator[Serving]:
-        """Listen; ConnectionRefused if that is not possible."""
+    def open(self, admit: Admit = without_an_app) -> Iterator[Serving]:
+        """Listen, and let in whom ``admit`` does not deny; ConnectionRefused if that is not possible."""
         (address, certificates), shown = self.place(), self.show_at()
-        with closing(Serving(address, certificates, heartbeat=min(self.heartbeat, self.lease / 3))) as serving:
+        pulse = min(self.heartbeat, self.lease / 3)
+        with closing(Serving(address, certificates, heartbeat=pulse, admit=admit)) as serving:
             if shown is None:
                 yield serving
                 return
@@ -159,7 +161,7 @@ def served(composition: Composition, folder: RunFolder, recorded: dict[str, Any]
 def _execution(
     composition: Composition, folder: RunFolder, serving: Serving, door: Door, run: str, show: Display
 ) -> Execution:
-    needed, roster = door.clients_needed(composition.experiment), _Roster(folder, show)
+    needed, roster = door.clients_needed(composition.experiment), Roster(folder, show)
     folder.patience = Patience(
         show.note,
         lambda why, seconds: folder.log("disk refused", reason=why, seconds=seconds),
@@ -197,7 +199,7 @@ def _execution(
     )
 
 
-class _Roster:
+class Roster:
     """Keeps who came and went; a crowd's coming and going is not worth a line each."""
 
     def __init__(self, folder: RunFolder, show: Display) -> None:

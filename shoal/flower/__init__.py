@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from shoal.flower.member import client_app as client_app
     from shoal.flower.member import initial_arrays as initial_arrays
     from shoal.flower.running import run as run
+    from shoal.flower.serving import serve as serve
 
-__all__ = ["FlowerApp", "check_version", "client_app", "initial_arrays", "run", "simulate", "strategy"]
+__all__ = ["FlowerApp", "check_version", "client_app", "initial_arrays", "run", "serve", "simulate", "strategy"]
 
 LOWEST, BEYOND = (1, 36), (1, 43)  # what the tests have been run with, from the first on and before the second
 
@@ -33,6 +34,7 @@ _HOMES = {
     "client_app": "shoal.flower.member",
     "initial_arrays": "shoal.flower.member",
     "run": "shoal.flower.running",
+    "serve": "shoal.flower.serving",
     "simulate": "shoal.flower.borrowed",
     "strategy": "shoal.flower.hosted",
 }

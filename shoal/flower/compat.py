@@ -16,10 +16,14 @@ __all__ = [
     "SERVER",
     "context",
     "empty_run",
+    "from_wire",
     "identify",
     "logging_to",
     "message_from",
+    "metadata_from_wire",
+    "metadata_to_wire",
     "name_message",
+    "to_wire",
 ]
 
 SERVER = 1  # the node id of the server, SUPERLINK_NODE_ID
@@ -70,6 +74,38 @@ def message_from(metadata: Any, *, content: RecordDict | None = None, error: Err
     """A message that is put together again from its parts."""
     made: Message = Message(metadata=metadata, content=content, error=error)  # type: ignore[call-overload]
     return made
+
+
+def to_wire(content: RecordDict) -> bytes:
+    """Records in flwr's own protobuf form."""
+    return bytes(_serde("recorddict_to_proto")(content).SerializeToString())
+
+
+def from_wire(data: bytes) -> RecordDict:
+    """The inverse of :func:`to_wire`; what it raises for bytes that are none is of many kinds."""
+    found: RecordDict = _serde("recorddict_from_proto")(_proto("recorddict_pb2:RecordDict").FromString(data))
+    return found
+
+
+def metadata_to_wire(metadata: Any) -> bytes:
+    """A message's metadata likewise."""
+    proto = _serde("message_to_proto")(message_from(metadata, content=RecordDict()))
+    return bytes(proto.metadata.SerializeToString())
+
+
+def metadata_from_wire(data: bytes) -> Any:
+    """The inverse of :func:`metadata_to_wire`."""
+    proto = _proto("message_pb2:Message")(content=_proto("recorddict_pb2:RecordDict")())
+    proto.metadata.MergeFromString(data)
+    return _serde("message_from_proto")(proto).metadata
+
+
+def _serde(function: str) -> Any:
+    return _first(f"flwr.common.serde:{function}")
+
+
+def _proto(message: str) -> Any:
+    return _first(f"flwr.proto.{message}")
 
 
 @contextmanager

@@ -35,9 +35,18 @@ KNOWN: dict[str, tuple[Verdict, str]] = {
         "not supported",
         "Flower's oldest interface; write a ServerApp and a ClientApp",
     ),
-    "flwr.server.start_server": ("not supported", "Flower's gRPC server; 'shoal server' is Shoal's"),
-    "flwr.client.start_client": ("not supported", "a client of Flower's gRPC server; 'shoal client' is Shoal's"),
-    "flwr.client.start_numpy_client": ("not supported", "a client of Flower's gRPC server; 'shoal client' is Shoal's"),
+    "flwr.server.start_server": (
+        "not supported",
+        "Flower's gRPC server; write a ServerApp and run it with 'shoal flower server'",
+    ),
+    "flwr.client.start_client": (
+        "not supported",
+        "a client of Flower's gRPC server; write a ClientApp and run it with 'shoal flower client'",
+    ),
+    "flwr.client.start_numpy_client": (
+        "not supported",
+        "a client of Flower's gRPC server; write a ClientApp and run it with 'shoal flower client'",
+    ),
     "flwr.agentapp": ("not supported", "agents"),
     "flwr_datasets": ("runs", "Flower's data sets: they need a network, or a folder of your own"),
 }

@@ -119,7 +119,7 @@ class ShoalGrid(Grid):
             node.turns += 1
             self.nodes.changed.add(node.context.node_id)
             seed = seeds.integer(self._seed, "flower-client", node.turns, str(node.context.node_id))
-            turn = Turn(pending.message.metadata, _own(node.context), seed)
+            turn = Turn(pending.message.metadata, _own(node.context), seed, pending.round)
         pending.playing = self._stage.submit(turn, pending.published)
         pending.playing.add_done_callback(lambda playing: self._played(node, pending, playing))
 

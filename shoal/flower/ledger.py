@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from flwr.app import Message, MetricRecord, RecordDict
@@ -26,13 +27,24 @@ NOTHING: Any = None
 
 
 class Ledger:
-    """Tells ``observers`` of each round, from whatever thread. ``names`` says which client a node is."""
+    """Tells ``observers`` of each round, from whatever thread.
+
+    ``names`` says which client a node is, in the order in which they are told of.
+    """
 
     def __init__(self, observers: list[Callback], names: Mapping[int, str], first: int = 1) -> None:
         self._observers, self._names, self._lock = observers, names, threading.RLock()
         self.asked, self.answered = Counter[str](), Counter[str]()  # by kind, in the whole run
         self._offset = 0
         self._round = _Open(first)
+
+    @cached_property
+    def _ranks(self) -> Mapping[str, int]:
+        return {client: rank for rank, client in enumerate(self._names.values())}
+
+    def _in_order(self, reports: list[Report]) -> list[Report]:
+        """Of the clients, not of their answers."""
+        return sorted(reports, key=lambda report: self._ranks[report.client])
 
     def ask(self, messages: Sequence[Message]) -> list[tuple[int, str]]:
         """Messages go out together: the round and the client of each."""
@@ -108,9 +120,10 @@ class Ledger:
             for kind, reports in done.answered.items():
                 if kind != done.kind:
                     for observer in self._observers:
-                        observer.on_evaluations(done.number, _in_order(reports))
+                        observer.on_evaluations(done.number, self._in_order(reports))
+            finished = done.finished(self._in_order(done.answered.get(done.kind, [])))
             for observer in self._observers:
-                observer.on_round_end(done.finished(), NOTHING)
+                observer.on_round_end(finished, NOTHING)
 
 
 class _Open:
@@ -142,8 +155,7 @@ class _Open:
         self.answered.setdefault(_kind(answer.reply), []).append(report)
         return report
 
-    def finished(self) -> Round:
-        reports = _in_order(self.answered.get(self.kind, []))
+    def finished(self, reports: Sequence[Report]) -> Round:
         numbers: dict[str, float] = {
             "asked": self.asked.get(self.kind, 0),
             "counted": len(reports),
@@ -154,11 +166,6 @@ class _Open:
             "seconds": time.perf_counter() - self.began,
         }
         return Round(self.number, numbers, reports, self.failures)
-
-
-def _in_order(reports: list[Report]) -> list[Report]:
-    """Of the clients, not of their answers."""
-    return sorted(reports, key=lambda report: int(report.client))
 
 
 def _kind(message: Message) -> str:

@@ -12,7 +12,7 @@ import threading
 import time
 import tomllib
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -32,17 +32,18 @@ from shoal.flower.drawing import drawing_from
 from shoal.flower.grid import Nodes, ShoalGrid, node_ids
 from shoal.flower.ledger import Ledger
 from shoal.flower.rounds import watched
-from shoal.flower.session import Session, read_point
+from shoal.flower.session import EVERY, Session, read_point
 from shoal.flower.stage import InProcess, Stage, Workers
 from shoal.memory import memory_mb
 from shoal.progress import Display, Opening, display
 from shoal.protos import seeds
 from shoal.protos.errors import ExperimentError, RunError
 from shoal.run import Run, summarise
+from shoal.server.callbacks import Callback
 from shoal.server.runs import RunFolder
 from shoal.versions import versions
 
-__all__ = ["Play", "played", "resume", "run"]
+__all__ = ["Execution", "Play", "played", "resume", "run"]
 
 
 def run(
@@ -82,9 +83,10 @@ def played(play: Play, out: Path, progress: str) -> Run:
     show = display(progress)
     with play.ready() as (server, stage), closing(RunFolder.create(out, play.app.name)) as folder:
         folder.claim()
+        execution = play.execution(folder, show, server, stage)
         folder.write("experiment.toml", play.toml())
-        folder.write("env.json", play.environment())
-        return Execution(play, folder, show, server, stage).run(None)
+        folder.write("env.json", execution.play.environment())
+        return execution.run(None)
 
 
 def resume(folder: RunFolder, show: Display) -> Run:
@@ -97,12 +99,20 @@ def resume(folder: RunFolder, show: Display) -> Run:
     point = read_point(folder.path)
     if point is None:
         raise RunError(f"{folder.path} ended before a round was kept; start a new run")
-    play = Play.read(folder)
+    play = _read(folder)
     if play.app.hash != folder.read("env.json")["app"]:
         show.note("the app's files have changed since the run began")
     with play.ready() as (server, stage):
         folder.rewind(point["round"])
-        return Execution(play, folder, show, server, stage).run(point)
+        return play.execution(folder, show, server, stage).run(point)
+
+
+def _read(folder: RunFolder) -> Play:
+    if "served" not in folder.read("env.json"):
+        return Play.read(folder)
+    from shoal.flower.serving import Served  # which is made of what is here
+
+    return Served.read(folder)
 
 
 @dataclass(frozen=True)
@@ -115,6 +125,7 @@ class Play:
     workers: int | None
     on_ray: bool = False
     ray_address: str | None = None
+    every = EVERY
 
     def __post_init__(self) -> None:
         if self.nodes < 1:
@@ -135,9 +146,10 @@ class Play:
             stack.enter_context(drawing_from(seeds.integer(self.seed, "flower-server")))
             identify(self.run_id)
             server = self.app.server_app()
-            yield server, stack.enter_context(closing(self._stage()))
+            yield server, stack.enter_context(closing(self.stage()))
 
-    def _stage(self) -> Stage:
+    def stage(self) -> Stage:
+        """What plays the clients."""
         if self.on_ray:
             from shoal.flower.cluster import Cluster
 
@@ -145,6 +157,10 @@ class Play:
         if self.workers:
             return Workers(self.app, self.run_id, min(self.workers, self.nodes))
         return InProcess(self.app.client_app())
+
+    def execution(self, folder: RunFolder, show: Display, server: ServerApp, stage: Stage) -> Execution:
+        """A run of it, with what :meth:`ready` gave."""
+        return Execution(self, folder, show, server, stage)
 
     def contexts(self) -> list[Context]:
         """A node's, for each client."""
@@ -195,30 +211,38 @@ class Play:
 
 @dataclass
 class Execution:
-    """One run of an app, from a point (None: the start) on."""
+    """One run of an app, from a point (None: the start) on.
+
+    ``ready`` waits for the clients and says which one is which node (None: they are there, and have but numbers);
+    ``observers`` hear of rounds beside the folder and whoever watches; ``finished`` is called if the run has finished.
+    """
 
     play: Play
     folder: RunFolder
     show: Display
     server: ServerApp
     stage: Stage
+    ready: Callable[[], Mapping[int, str]] | None = None
+    observers: Sequence[Callback] = ()
+    finished: Callable[[], None] = lambda: None
     _began: float = field(default_factory=time.perf_counter)
 
     def run(self, point: dict[str, Any] | None) -> Run:
         nodes = Nodes(self.play.contexts())
-        session = Session(self.folder, nodes, self.show, point)
-        names = {node.context.node_id: str(node.context.node_config["partition-id"]) for node in nodes.values()}
-        ledger = Ledger([self.folder, self.show], names, session.round + 1)
-        grid = ShoalGrid(self._run(), nodes, self.stage, ledger, self.play.seed)
+        session = Session(self.folder, nodes, self.show, point, self.play.every)
         status, problem = "failed", ""
         self.folder.write("summary.json", {"status": "running", "name": self.play.app.name})
         try:
             self.show.starting(self._opening(session.round))
-            with self._surroundings(), watched(grid, ledger, session):
-                self._serve(grid)
+            with self._surroundings():
+                ledger = Ledger([self.folder, self.show, *self.observers], self._names(nodes), session.round + 1)
+                grid = ShoalGrid(self._run(), nodes, self.stage, ledger, self.play.seed)
+                with watched(grid, ledger, session):
+                    self._serve(grid)
             ledger.close()
             _check_answered(ledger)
             status = "finished"
+            self.finished()
         except KeyboardInterrupt:
             status = "interrupted"
         except RunError as error:
@@ -228,6 +252,11 @@ class Execution:
             session.no_resume = session.no_resume or self.play.app.no_resume
             self._end(session, status, problem)
         return Run(self.folder.path)
+
+    def _names(self, nodes: Nodes) -> Mapping[int, str]:
+        if self.ready is not None:
+            return self.ready()
+        return {node.context.node_id: str(node.context.node_config["partition-id"]) for node in nodes.values()}
 
     def _serve(self, grid: ShoalGrid) -> None:
         """The app's own server, whose errors become one of ours."""

@@ -17,7 +17,7 @@ from shoal.progress import Display
 from shoal.protos.errors import RunError
 from shoal.server.runs import RunFolder
 
-__all__ = ["POINT", "Session", "random_states", "restore_random"]
+__all__ = ["EVERY", "POINT", "Session", "random_states", "restore_random"]
 
 POINT = "point.safetensors"  # in the run folder
 EVERY = 10  # rounds between two points; the last whole round is kept too, however a run ends
@@ -27,10 +27,13 @@ METRICS = ("train_metrics_clientapp", "evaluate_metrics_clientapp", "evaluate_me
 class Session:
     """Keeps an app's rounds; see :class:`~shoal.flower.rounds.Keeper`.
 
-    ``no_resume`` says why the run cannot be resumed, if so.
+    There are ``every`` rounds between two points. ``no_resume`` says why the run cannot be resumed, if so.
     """
 
-    def __init__(self, folder: RunFolder, nodes: Nodes, show: Display, point: dict[str, Any] | None) -> None:
+    def __init__(
+        self, folder: RunFolder, nodes: Nodes, show: Display, point: dict[str, Any] | None, every: int = EVERY
+    ) -> None:
+        self._every = every
         self._folder, self._nodes, self._show, self._point = folder, nodes, show, point
         self._last: Kept | None = None
         self._begun = False
@@ -75,7 +78,7 @@ class Session:
             self._keep_nodes()
         except Unkeepable as error:
             self.no_resume = f"its strategy keeps what Shoal cannot write down: {error}"
-        if round % EVERY == 0:
+        if round % self._every == 0:
             self._write()
 
     def _keep_nodes(self) -> None:

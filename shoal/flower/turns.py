@@ -16,16 +16,20 @@ from flwr.clientapp import ClientApp
 from shoal.flower.arrays import view
 from shoal.flower.compat import APP_RAISED, message_from
 
-__all__ = ["Answer", "Turn", "copied", "play"]
+__all__ = ["Answer", "Turn", "copied", "failed", "play", "wrong_with"]
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What one node is asked: the message without its content, the node's context, a seed for what the app draws."""
+    """What one node is asked: the message without its content, the node's context, a seed for what the app draws.
+
+    ``round`` is the one that the message belongs to, for people.
+    """
 
     metadata: Any
     context: Context
     seed: int
+    round: int = 0
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ def play(app: ClientApp, turn: Turn, content: RecordDict) -> Answer:
     except BaseException as error:  # SystemExit too: an app must not end the process that plays others
         shown = "".join(traceback.format_exception(error))
         return failed(message, f"{type(error)}:<'{error}'>", f"{type(error).__name__}: {error}", shown)
-    wrong = _wrong(reply, message) or (
+    wrong = wrong_with(reply, message) or (
         "the ClientApp changed the run config" if turn.context.run_config != fixed else ""
     )
     if wrong:
@@ -66,7 +70,7 @@ def failed(message: Message, told: str, reason: str, shown: str = "", code: int 
     return Answer(Message(Error(code=code, reason=told), reply_to=message), None, reason, shown)
 
 
-def _wrong(reply: object, message: Message) -> str:
+def wrong_with(reply: object, message: Message) -> str:
     """Why a reply must not reach the strategy; empty if it may."""
     if not isinstance(reply, Message):
         return f"the ClientApp returned a {type(reply).__name__}, not a Message"

@@ -369,7 +369,7 @@ def test_an_update_that_is_not_finite_does_not_leave(place: Place) -> None:
 
 
 def test_a_look_counts_examples(place: Place) -> None:
-    assert place.look() == {"examples": 8, "held_out": 4}
+    assert place.look() == {"about": "8 examples to train on, 4 held out"}
     assert place.look(client=None, data={}) == {}
 
 

@@ -102,7 +102,7 @@ def only(workers: Workers) -> Process:
     return process
 
 
-FINE = {"examples": 1, "held_out": 0}
+FINE = {"about": "1 examples to train on, 0 held out"}
 
 
 def test_a_process_is_kept_for_the_next_job(loop: asyncio.Runner, crew: Workers, mine: Callable[..., Job]) -> None:

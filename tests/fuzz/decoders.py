@@ -20,7 +20,7 @@ from shoal.protos.assignment import Assignment
 from shoal.protos.codec import Value, encode
 from shoal.protos.errors import CodecError, ShoalError
 from shoal.protos.experiment import Component
-from shoal.protos.messages import Failure, Kind, Measurement, Spec, Task, Update
+from shoal.protos.messages import Envelope, Failure, Kind, Measurement, Spec, Task, Update
 from shoal.protos.parameters import Entry, Layout, Parameters, Segment
 from tests.fuzz.mutation import mutated
 
@@ -46,6 +46,7 @@ VALUES: Sequence[Value] = (
     ),
     Update(np.ones(5, np.float32), 7, 2, 0.2, {"c": np.ones(3, bool)}, None, np.ones(1, np.int64), {"loss": 0.5}),
     Measurement({"accuracy": 0.5, "examples": 3}),
+    Envelope(3, np.arange(5, dtype=np.uint8), {"metadata": b"to whom", "seed": 7}),
     Failure("a", 3, "it broke", "Traceback …"),
 )
 ASSIGNMENT = Assignment(
@@ -75,6 +76,7 @@ DECODERS: Sequence[Callable[[bytes, bytes], Any]] = (
     codec.decode_failure,
     lambda header, payload: codec.content_of(header),
     lambda header, payload: codec.decode_update(header, None),
+    codec.decode_envelope,
     lambda header, payload: Assignment.decode(payload),
 )
 
@@ -112,7 +114,7 @@ def _hash(entries: Sequence[wire.Entry]) -> str:
 
 def seeds() -> list[bytes]:
     """Right inputs, from which damaged ones are made."""
-    found = [_input(6, b"", ASSIGNMENT.encode())]
+    found = [_input(len(DECODERS) - 1, b"", ASSIGNMENT.encode())]
     for value in VALUES:
         header, buffers = encode(value)
         found += [_input(decoder, header, b"".join(buffers)) for decoder in range(len(DECODERS) - 1)]

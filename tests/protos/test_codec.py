@@ -17,12 +17,17 @@ from hypothesis import strategies as st
 from shoal.protos import codec, manifest
 from shoal.protos import fleet_pb2 as wire
 from shoal.protos.errors import CodecError
-from shoal.protos.messages import Failure, Kind, Measurement, Spec, Task, Update
+from shoal.protos.messages import Envelope, Failure, Kind, Measurement, Spec, Task, Update
 from shoal.protos.parameters import Entry, Layout, Parameters, Segment, frozen_hash
 
 Array = np.ndarray
 NUMPY = [dtype.name for dtype in manifest.DTYPES.values()]
-DECODERS: list[Callable[[bytes, bytes], object]] = [codec.decode_task, codec.decode_update, codec.decode_failure]
+DECODERS: list[Callable[[bytes, bytes], object]] = [
+    codec.decode_task,
+    codec.decode_update,
+    codec.decode_envelope,
+    codec.decode_failure,
+]
 quick = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 
 names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8)
@@ -162,6 +167,52 @@ def test_a_measurement_comes_back(measurement: Measurement) -> None:
 
     assert bits(measurement) == bits(codec.decode_measurement(header))
     assert payload == b""
+
+
+contents = st.binary(max_size=9).map(lambda data: np.frombuffer(data, np.uint8))
+
+
+@quick
+@given(st.builds(Envelope, st.integers(0, 2**64 - 1), contents, st.dictionaries(names, values, max_size=3)))
+def test_an_envelope_comes_back(envelope: Envelope) -> None:
+    header, payload = pack(envelope)
+
+    assert bits(envelope) == bits(codec.decode_envelope(header, payload))
+    assert payload == envelope.content.tobytes()
+
+
+def test_an_envelope_is_readdressed_without_its_content() -> None:
+    content = np.frombuffer(b"what it says", np.uint8)
+    header, payload = pack(Envelope(1, content, {"to": "a", "by": b"x"}))
+    again = codec.readdressed(header, 2, {"to": "b"})
+
+    assert bits(codec.decode_envelope(again, payload)) == bits(Envelope(2, content, {"to": "b"}))
+    assert codec.content_of(again) == codec.content_of(header)
+    with pytest.raises(CodecError, match="bytes in the header, at most 99"):
+        codec.readdressed(header, 2, {"to": "b" * 99}, limits=manifest.Limits(header=99))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda header: header.manifest.tensors[0].ClearField("role"), "a vector has no name"),
+        (
+            lambda header: header.manifest.tensors[0].MergeFrom(wire.Tensor(dtype="int8")),
+            "is int8.4.; it must be bytes",
+        ),
+        (lambda header: header.manifest.tensors[0].shape.insert(0, 1), "is uint8.1, 4.; it must be bytes"),
+        (lambda header: header.envelope.settings.add(name="to"), "setting 'to' stands there twice"),
+        (lambda header: header.envelope.settings[0].ClearField("value"), "setting 'to' has no value"),
+        (lambda header: header.manifest.tensors.add(name="w", role="tensor", dtype="int8", offset=4, shape=[0]), "'w'"),
+    ],
+)
+def test_the_receiver_refuses_an_envelope(change: Callable[[wire.Header], object], message: str) -> None:
+    header, payload = pack(Envelope(1, np.zeros(4, np.uint8), {"to": "a"}))
+    hostile = wire.Header.FromString(header)
+    change(hostile)
+
+    with pytest.raises(CodecError, match=message):
+        codec.decode_envelope(hostile.SerializeToString(), payload)
 
 
 @quick
@@ -517,9 +568,17 @@ def test_random_bytes(header: bytes, payload: bytes) -> None:
     survives(header, payload)
 
 
-@pytest.mark.parametrize("value", [a_task(reply={"c": Spec("int8", (3,))}), an_update(), Failure("c", 1, "r", "t")])
+@pytest.mark.parametrize(
+    "value",
+    [
+        a_task(reply={"c": Spec("int8", (3,))}),
+        an_update(),
+        Envelope(3, np.zeros(4, np.uint8), {"to": "a"}),
+        Failure("c", 1, "r", "t"),
+    ],
+)
 @pytest.mark.fault(19)
-def test_every_flipped_bit_and_every_cut_of_the_header(value: Task[Array] | Update[Array] | Failure) -> None:
+def test_every_flipped_bit_and_every_cut_of_the_header(value: codec.Value) -> None:
     header, payload = pack(value)
     for at in range(len(header)):
         flipped = bytearray(header)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from shoal.protos.errors import InvalidUpdate
-from shoal.protos.messages import Kind, Spec, Task, Update, check_update
+from shoal.protos.messages import Failure, Kind, Spec, Task, Update, check_update
 from shoal.protos.parameters import Entry, Layout, Parameters, Segment
 
 LAYOUT = Layout(
@@ -160,3 +160,11 @@ def test_sent_is_the_strategy_s_part_of_a_task() -> None:
 
     assert task.sent.parameters is model.trainable
     assert (task.sent.tensors, task.sent.settings) == (task.tensors, task.settings)
+
+
+def test_a_failure_fits_into_a_header_whatever_is_in_it() -> None:
+    told = Failure("a", 1, "no file 'x\udcff'" + "y" * 30_000, "z" * 30_000 + "end").sendable()
+
+    assert len(told.reason) == 20_000 and told.reason.startswith("no file 'x?'")
+    assert len(told.traceback) == 20_000 and told.traceback.endswith("end")
+    assert (told.client, told.round) == ("a", 1)

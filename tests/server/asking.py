@@ -55,6 +55,7 @@ def journal_of(serving: Serving) -> Journal:
 def call(serving: Serving, order: Order, counted: Mapping[str, int]) -> dict[str, str]:
     """Ask the clients; their nonces."""
     clients = list(counted)
+    assert isinstance(order.journal, Journal)
     asked = order.journal.open(next(ROUNDS), Kind.TRAIN, clients, len(clients))
     nonces = dict(zip(clients, asked.nonces, strict=True))
     serving.call(serving.hub.ask, order, [Call(nonces[client], client, counted[client]) for client in clients])

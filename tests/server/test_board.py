@@ -144,6 +144,23 @@ def test_a_run_is_shown_from_its_first_wait_to_its_numbers(serve: Serve, look: L
     assert states(reply) == {"a": "withdrawn"}
 
 
+def test_clients_with_orders_of_their_own_are_shown_together(serve: Serve, look: Look) -> None:
+    serving = serve()
+    serving.tell(OPENED)
+    orders = {client: an_order(serving, round=2) for client in "ab"}
+    for client, order in orders.items():
+        asking.call(serving, order, {client: 0})
+    serving.call(serving.hub.end, orders["a"], "enough")
+    reply = look(serving)
+
+    assert states(reply) == {"a": "withdrawn", "b": "asked"}
+    assert (reply.asked, reply.run.phase, reply.run.round) == (2, "training", 2)
+    asking.call(serving, an_order(serving, round=2), {"a": 0})
+    assert states(look(serving)) == {"b": "asked", "a": "asked"}
+    asking.call(serving, an_order(serving, round=3), {"a": 0})
+    assert states(look(serving)) == {"a": "asked"}
+
+
 def test_metrics_that_clients_name_are_bounded(serve: Serve, look: Look) -> None:
     serving = serve()
     serving.tell(OPENED)

@@ -256,6 +256,24 @@ def test_content_that_is_not_on_offer_is_not_found(serve: Serve, join: Join) -> 
     assert refused(lambda: peer.download(b""))[0] == Status.NOT_FOUND
 
 
+def test_content_that_orders_share_is_on_offer_until_the_last_one_ends(serve: Serve, join: Join) -> None:
+    serving = serve()
+    peer, blob = join(serving), Blob.of(b"what both are sent")
+    orders = [ask(serving, client, payload=blob) for client in "ab"]
+    for order in orders:
+        assert peer.download(blob.sha256) == b"what both are sent"
+        serving.call(serving.hub.end, order, "enough")
+
+    assert refused(lambda: peer.download(blob.sha256))[0] == Status.NOT_FOUND
+
+
+def test_one_who_brings_an_app_is_told_that_there_are_experiments_here(serve: Serve, join: Join) -> None:
+    about = [wire.NamedSetting(name="app", value=wire.Setting(text="averaging"))]
+    code, told = refused(lambda: join(serve(), about=about))
+
+    assert code == Status.FAILED_PRECONDITION and "connect with 'shoal client'" in told
+
+
 @pytest.mark.fault(12)
 def test_an_order_that_ends_withdraws_its_tasks_and_leaves_no_file(
     serve: Serve, join: Join, spool: Callable[[], list[str]]

@@ -21,7 +21,7 @@ from shoal.protos import fleet_pb2 as wire
 from shoal.protos.errors import RunError
 from shoal.protos.fleet_pb2_grpc import FleetStub
 from shoal.protos.transport import Address
-from shoal.serve import _Roster
+from shoal.serve import Roster
 from shoal.server.audit import origin, seal
 from shoal.server.orders import Left
 from shoal.server.runs import RunFolder
@@ -156,7 +156,7 @@ def test_the_command_says_what_is_covered_and_what_does_not_fit(
 def test_a_client_that_comes_and_goes_all_the_time_leaves_few_lines(tmp_path: Path) -> None:
     hello = [wire.Hello(versions=[1], client="mallory", instance=str(number)) for number in range(100)]
     with closing(RunFolder(tmp_path)) as folder, closing(Serving(Address("127.0.0.1", 0), None)) as serving:
-        roster, left = _Roster(folder, display("none")), 0
+        roster, left = Roster(folder, display("none")), 0
         with grpc.insecure_channel(str(serving.address)) as channel:
             for one in hello:
                 assert len(list(FleetStub(channel).Connect(iter([wire.ConnectRequest(hello=one)])))) == 1
