@@ -6,14 +6,12 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from importlib import import_module
 from typing import Any
 
 from flwr.app import RecordDict
 from flwr.clientapp import ClientApp
 
 from shoal.client.process import answers_on, jobs_on
-from shoal.flower.app import App, FlowerApp
 from shoal.flower.arrays import Packed, pack, quick_arrays
 from shoal.flower.compat import identify, message_from
 from shoal.flower.drawing import seed_all
@@ -31,19 +29,11 @@ def main() -> None:
     answers, orders = answers_on(), jobs_on()  # PyTorch, if the app has it, takes one thread from the environment
     with ExitStack() as modules:
         modules.enter_context(quick_arrays())
-        assigned = list[Any]()
-
-        def load() -> tuple[Any, int]:
-            assigned.extend(unpack(orders))
-            return assigned[0], assigned[1]
-
         try:
-            app = loaded(load, modules)
+            app = loaded(lambda: unpack(orders), modules)
         except EOFError:
             return
         write(answers, app if isinstance(app, ShoalError) else "ready")
-        if isinstance(app, ClientApp) and _wants_torch(assigned[0]):
-            import_module("torch")
         path, content = None, RecordDict()  # what was sent last, often to many nodes
         while isinstance(app, ClientApp):
             try:
@@ -56,11 +46,6 @@ def main() -> None:
                     path, content = order.content.path, order.content.open()
                 found.append(answered(app, order.turn, content))
             write(answers, (time.perf_counter() - began, found))
-
-
-def _wants_torch(app: App) -> bool:
-    """Then it is imported while there is nothing else to do, and not in the first turn."""
-    return isinstance(app, FlowerApp) and any(b"import torch" in content for content in app.files().values())
 
 
 def loaded(load: Callable[[], tuple[Any, int]], modules: ExitStack) -> ClientApp | ShoalError:
