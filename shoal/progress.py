@@ -83,7 +83,7 @@ class Opening:
 class Display(Callback, ABC):
     """A callback that shows a run to someone."""
 
-    _shown: frozenset[str] = frozenset({""})
+    _shown: frozenset[int] = frozenset({hash("")})  # tracebacks may be long and many
     for_programs = False  # standard output is for programs: nobody else may print there
 
     @abstractmethod
@@ -96,8 +96,8 @@ class Display(Callback, ABC):
         """Failures come at once: nothing is silent. A traceback that was shown before is not repeated."""
         who = "" if repr(failure.client) in failure.reason else f"client {failure.client!r}: "
         text = f"round {failure.round}: {who}{failure.reason}"
-        known, self._shown = self._shown, self._shown | {failure.traceback}
-        self.note(text if failure.traceback in known else f"{text}\n{failure.traceback}")
+        known, self._shown = self._shown, self._shown | {hash(failure.traceback)}
+        self.note(text if hash(failure.traceback) in known else f"{text}\n{failure.traceback}")
 
     def on_run_end(self, point: Checkpoint) -> None:
         if point.stopped:

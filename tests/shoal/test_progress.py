@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,15 @@ def test_a_live_line(live: Live, out: io.StringIO) -> None:
     assert "1,234 parameters" in shown and "FedAvg · 2 clients, 2 a round" in shown
     assert "round 2/3" in shown and "test accuracy 0.9" in shown and "▁▅█" in shown
     assert "client 'a' [sic] broke" in shown and "Traceback: [red]" in shown
+
+
+def test_a_traceback_is_shown_once_and_not_kept(live: Live, out: io.StringIO) -> None:
+    failure = Failure("a", 1, "it broke", "Traceback " + "x" * 20_000)
+    for _ in range(2):
+        live.on_failure(failure)
+
+    assert (out.getvalue().count("it broke"), out.getvalue().count("Traceback")) == (2, 1)
+    assert sum(map(sys.getsizeof, live._shown)) < 100
 
 
 @pytest.mark.parametrize("name", ["[/red]", "\x1b[2J"])
