@@ -24,6 +24,7 @@ from shoal.strategies.sums import Carried
 __all__ = ["RESERVED", "Client", "FitTrainer", "Work"]
 
 RESERVED = frozenset({"examples", "steps", "lr_sum", "bytes_down", "bytes_up"})  # the platform's own numbers
+RESERVED |= {"round", "kind", "client", "failed"}  # and what else a line of clients.jsonl has
 
 
 class Work:

@@ -60,8 +60,13 @@ def examine(assigned: Assigned, incoming: Incoming) -> Failure | None:
 
 
 def failure_of(assigned: Assigned, reason: str, told: str = "", kind: str = "failed") -> Failure:
-    """No longer than a line of the log may be, whatever names or words of a client are in it."""
-    return Failure(assigned.client, assigned.order.round, reason[:SENTENCE], told[-LONGEST:], kind)
+    """No longer than a line of the log may be, and nothing that moves a terminal's cursor, whatever a client says."""
+    said, trace = _shown(reason[:SENTENCE]), _shown(told[-LONGEST:])
+    return Failure(assigned.client, assigned.order.round, said, trace, kind)
+
+
+def _shown(text: str) -> str:
+    return "".join(letter if letter.isprintable() or letter == "\n" else " " for letter in text)
 
 
 def _list(versions: Iterable[int]) -> str:

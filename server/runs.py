@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 __all__ = ["RunFolder", "list_runs", "plain"]
 
 NUMBERED = re.compile(r"(\d{4,})-")
+OWN = frozenset({"round", "kind", "client", "failed"})  # of a line in clients.jsonl: no column has such a name
 
 
 class RunFolder(Callback):
@@ -253,7 +254,7 @@ def _is_later(line: bytes, round: int) -> bool:
 
 def _columns(reports: Sequence[Report]) -> dict[str, list[Any]]:
     """Reports as columns: one list a name, in the cohort's order; None where a client has no such number."""
-    names = dict.fromkeys(name for report in reports for name in report.numbers)
+    names = dict.fromkeys(name for report in reports for name in report.numbers if name not in OWN)
     columns = {name: [report.numbers.get(name) for report in reports] for name in names}
     return {"client": [report.client for report in reports], **columns}
 

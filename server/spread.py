@@ -42,7 +42,15 @@ class _Number:
 
     def add(self, values: Sequence[float], weights: Sequence[float]) -> None:
         self.count += len(values)
-        self.sum += math.fsum(values)
-        self.weight += math.fsum(weights)
-        self.weighted += math.fsum(map(mul, values, weights))
+        self.sum += _sum(values)
+        self.weight += _sum(weights)
+        self.weighted += _sum(list(map(mul, values, weights)))
         self.lowest, self.highest = min(self.lowest, *values), max(self.highest, *values)
+
+
+def _sum(numbers: Sequence[float]) -> float:
+    """Not finite where that is so: a client may say what it likes, and must not end the run by it."""
+    try:
+        return math.fsum(numbers)
+    except (OverflowError, ValueError):
+        return sum(numbers)

@@ -83,7 +83,7 @@ class Opening:
 class Display(Callback, ABC):
     """A callback that shows a run to someone."""
 
-    _shown: frozenset[str] = frozenset({""})
+    _shown: frozenset[int] = frozenset({hash("")})  # tracebacks may be long and many
     for_programs = False  # standard output is for programs: nobody else may print there
 
     @abstractmethod
@@ -96,8 +96,8 @@ class Display(Callback, ABC):
         """Failures come at once: nothing is silent. A traceback that was shown before is not repeated."""
         who = "" if repr(failure.client) in failure.reason else f"client {failure.client!r}: "
         text = f"round {failure.round}: {who}{failure.reason}"
-        known, self._shown = self._shown, self._shown | {failure.traceback}
-        self.note(text if failure.traceback in known else f"{text}\n{failure.traceback}")
+        known, self._shown = self._shown, self._shown | {hash(failure.traceback)}
+        self.note(text if hash(failure.traceback) in known else f"{text}\n{failure.traceback}")
 
     def on_run_end(self, point: Checkpoint) -> None:
         if point.stopped:
@@ -197,7 +197,7 @@ class Live(Plain):
         return f"{round}/{self._rounds}" if self._rounds else str(round)
 
     def on_round_end(self, round: Round, point: Checkpoint) -> None:
-        shown = {name: value for name, value in round.numbers.items() if name.startswith(("test_", "train_loss"))}
+        shown = {n: v for n, v in round.numbers.items() if n.startswith("test_") or n == "train_loss"}
         main = next((value for name, value in shown.items() if "loss" not in name), None)
         self._history += [] if main is None else [main]
         text = "  ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in shown.items())
@@ -316,8 +316,12 @@ def _size(count: float) -> str:
 
 
 def _headline(name: str) -> bool:
-    """What is worth a reader's eye: the test set, and of the clients' own tests the mean and the worst."""
-    return name.startswith("test_") or (name.startswith("clients_") and "loss" not in name and "weighted" not in name)
+    """What is worth a reader's eye: the test set, and of the clients' own tests the mean and the worst.
+
+    Clients choose some of the names: one that nobody can read is not shown.
+    """
+    of_clients = name.startswith("clients_") and "loss" not in name and "weighted" not in name
+    return name.isprintable() and (name.startswith("test_") or of_clients)
 
 
 def _spark(values: list[float], width: int = 12) -> str:
@@ -339,9 +343,9 @@ def _print_summary(console: Console, run: Run) -> None:
         table.add_column(column, justify="right" if column else "left")
     shown = {name: last for name, last in s.get("last", {}).items() if _headline(name)}
     for name, last in shown.items():
-        best = s["best"][name]
+        best, called = s["best"][name], escape(name.replace("_", " "))
         mean = [_number(s["mean_of_last_10"].get(name))] if ten else []
-        table.add_row(name.replace("_", " "), f"{last:.4f}", *mean, f"{best['value']:.4f} (round {best['round']})")
+        table.add_row(called, f"{last:.4f}", *mean, f"{best['value']:.4f} (round {best['round']})")
     if shown:
         console.print(table)
     for name, reached in s.get("target", {}).items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cached_property
@@ -141,7 +142,7 @@ def summarise(folder: RunFolder, target: Mapping[str, float]) -> dict[str, Any]:
         "last": {name: having[-1][name] for name, having in kept.items()},
         "best": {name: _best(name, having) for name, having in kept.items()},
         "mean_of_last_10": {
-            name: fmean(last) for name, having in kept.items() if len(last := _last_ten(name, having)) == 10
+            name: _mean(last) for name, having in kept.items() if len(last := _last_ten(name, having)) == 10
         },
         "target": {name: _reached(name, value, rounds) for name, value in target.items()},
     }
@@ -150,6 +151,13 @@ def summarise(folder: RunFolder, target: Mapping[str, float]) -> dict[str, Any]:
 def _last_ten(name: str, having: list[dict[str, Any]]) -> list[float]:
     """The last ten evaluations of trained models; fewer if there are no ten."""
     return [line[name] for line in having if line["round"] > 0][-10:]
+
+
+def _mean(numbers: list[float]) -> float:
+    try:
+        return fmean(numbers)
+    except OverflowError:  # a client may report what it likes
+        return math.inf
 
 
 def _best(name: str, having: list[dict[str, Any]]) -> dict[str, Any]:

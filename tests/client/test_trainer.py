@@ -262,12 +262,13 @@ def test_gradients_of_one_client_do_not_reach_the_next() -> None:
     assert torch.equal(first, second)
 
 
-def test_fit_may_not_name_its_metrics_as_shoal_names_its_own() -> None:
+@pytest.mark.parametrize("name", ["examples", "round", "client"])
+def test_fit_may_not_name_its_metrics_as_shoal_names_its_own(name: str) -> None:
     class Clashing(ByHand):
         def fit(self, work: Work) -> dict[str, float]:
-            return {"examples": -5, "mine": 1}
+            return {name: -5, "mine": 1}
 
-    with pytest.raises(InvalidUpdate, match=r"\['examples'\], names of Shoal's own"):
+    with pytest.raises(InvalidUpdate, match=rf"\['{name}'\], names of Shoal's own"):
         fit(Clashing(), None)
 
 

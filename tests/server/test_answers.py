@@ -353,6 +353,15 @@ def test_a_clients_own_failure_is_told_as_it_told_it(serve: Serve, join: Join, e
     assert event(serving, Failed).failure == Failure("a", 1, "it broke" * 250, "x" * 20_000)
 
 
+def test_what_a_client_says_moves_no_terminals_cursor(serve: Serve, join: Join, event: Wait) -> None:
+    serving = serve()
+    peer = join(serving)
+    ask(serving)
+    peer.answer(peer.hear("offer").nonce, Failure("a", 1, "a\n\x1b[2Jb", "c\n\td\r\x9b2J"))
+
+    assert event(serving, Failed).failure == Failure("a", 1, "a\n [2Jb", "c\n d  2J")
+
+
 def test_a_failure_may_not_bring_tensors(serve: Serve, join: Join, event: Wait) -> None:
     serving = serve()
     peer = join(serving)

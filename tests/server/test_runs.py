@@ -102,6 +102,18 @@ def test_rewind_drops_later_rounds_and_torn_lines(tmp_path: Path) -> None:
     assert [line["round"] for line in folder.lines("log.jsonl")] == [0, 1, 2, 3, 4]  # everything that happened
 
 
+def test_a_client_names_no_number_as_a_line_names_its_own(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path, "x")
+    told = [Report("a", dict.fromkeys(("round", "kind", "client", "failed", "loss"), 7.0))]
+    folder.on_evaluations(1, told)
+    folder.on_round_end(Round(1, {}, told), POINT)
+    folder.close()
+
+    evaluate, train = folder.lines("clients.jsonl")
+    assert evaluate == {"round": 1, "kind": "evaluate", "client": ["a"], "loss": [7]}
+    assert train == {"round": 1, "kind": "train", "client": ["a"], "loss": [7]}
+
+
 def test_whole_files_are_replaced_at_once(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.write("summary.json", {"a": 1.0, "b": math.inf})

@@ -52,3 +52,14 @@ def test_a_device_that_leaves_numbers_out_disturbs_nobody() -> None:
     assert (line["clients_x"], line["clients_x_weighted"]) == (2.5, 1.0)
     assert (line["clients_y"], line["clients_y_max"]) == (5.0, 5.0)
     assert "clients_y_weighted" not in line
+
+
+@pytest.mark.parametrize("examples", [1.0, 1e10])
+def test_numbers_beyond_all_bounds_end_nothing(examples: float) -> None:
+    spread = Spread()
+    for signs in ((1, 1), (1, -1)):
+        spread.add([Report(str(sign), {"loss": 1.5e308 * sign, "examples": examples}) for sign in signs])
+    line = spread.line()
+
+    assert (line["clients_loss_min"], line["clients_loss_max"]) == (-1.5e308, 1.5e308)
+    assert not math.isfinite(line["clients_loss"]) and not math.isfinite(line["clients_loss_weighted"])

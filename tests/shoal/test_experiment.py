@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from torch import nn
 import shoal
 from shoal import Experiment, LocalTraining, Run
 from shoal.protos.errors import ExperimentError, RunError
+from shoal.run import summarise
+from shoal.server.runs import RunFolder
 
 X = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
 Y = (X[:, 0] > 0).long()
@@ -127,6 +130,13 @@ def test_the_summary_totals_and_targets(tmp_path: Path) -> None:
     assert run.summary["bytes_up"] == rows["bytes_up"].sum()
     assert "test_loss" not in simulate(experiment(rounds=9), tmp_path).summary["mean_of_last_10"]
     assert run.summary["mean_of_last_10"]["test_loss"] == pytest.approx(run.metrics["test_loss"].iloc[-10:].mean())
+
+
+def test_a_number_of_a_clients_beyond_all_bounds_leaves_the_run_a_summary(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path, "x")
+    folder.write("metrics.jsonl", "".join(f'{{"round": {n}, "clients_loss": 1.5e308}}\n' for n in range(1, 11)))
+
+    assert summarise(folder, {})["mean_of_last_10"] == {"clients_loss": math.inf}
 
 
 def test_the_learning_rate_decays(tmp_path: Path) -> None:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import io
+import json
+import sys
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from shoal import Experiment, datasets
+from shoal import Experiment, Run, datasets
 from shoal.compose import Composition
-from shoal.progress import Live, Opening, display
+from shoal.progress import Live, Opening, Plain, display
 from shoal.protos.errors import ExperimentError
 from shoal.protos.messages import Failure
+from shoal.run import summarise
 from shoal.server.coordinator import Round
+from shoal.server.runs import RunFolder
 
 
 @pytest.fixture
@@ -62,6 +66,35 @@ def test_a_live_line(live: Live, out: io.StringIO) -> None:
     assert "1,234 parameters" in shown and "FedAvg · 2 clients, 2 a round" in shown
     assert "round 2/3" in shown and "test accuracy 0.9" in shown and "▁▅█" in shown
     assert "client 'a' [sic] broke" in shown and "Traceback: [red]" in shown
+
+
+def test_a_traceback_is_shown_once_and_not_kept(live: Live, out: io.StringIO) -> None:
+    failure = Failure("a", 1, "it broke", "Traceback " + "x" * 20_000)
+    for _ in range(2):
+        live.on_failure(failure)
+
+    assert (out.getvalue().count("it broke"), out.getvalue().count("Traceback")) == (2, 1)
+    assert sum(map(sys.getsizeof, live._shown)) < 100
+
+
+@pytest.mark.parametrize("name", ["[/red]", "\x1b[2J"])
+def test_names_that_clients_choose_are_no_commands(live: Live, out: io.StringIO, tmp_path: Path, name: str) -> None:
+    """Neither to the display nor to the terminal; training's, and those of their own tests."""
+    folder = RunFolder.create(tmp_path, "x")
+    folder.write("experiment.toml", "")
+    line = {"round": 1, f"clients_{name}": 0.5, f"train_loss{name}": 0.5, "counted": 1.0, "asked": 1.0, "seconds": 1.0}
+    folder.write("metrics.jsonl", json.dumps(line) + "\n")
+    ended = {"status": "finished", "name": "x", "wall_seconds": 1.0, "memory_mb": 1.0}
+    folder.write("summary.json", summarise(folder, {}) | ended)
+    numbers = {key: value for key, value in line.items() if key != "round"}
+    for show in (live, Plain(live.console)):
+        show.starting(Opening.of(Path("runs/0001-x"), two_clients(), 2, 1234, "lean", {}))
+        show.on_round_end(Round(1, numbers), Composition(two_clients()).start())
+        show.close()
+        show.finished(Run(folder.path))
+
+    assert "\x1b[2J" not in out.getvalue()
+    assert ("[/red]" in out.getvalue()) == (name == "[/red]")
 
 
 def test_modes() -> None:
