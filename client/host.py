@@ -154,7 +154,7 @@ class _Member:
             self._note(f"round {round}: task given up: {error}")
         except Exception as error:  # a full disk, say: the server shall know at once and not wait for the lease's end
             reason = f"client {self._client!r} could not do its task: {type(error).__name__}: {error}"
-            header, _ = encode(Failure(self._client, round, reason, traceback.format_exc()))
+            header, _ = encode(Failure(self._client, round, reason, traceback.format_exc()).sendable())
             await self._deliver(offer.nonce, round, header)
         finally:
             if self._link.working == offer.nonce:
@@ -191,7 +191,7 @@ class _Member:
             await self._workers.run(job)
         except WorkerLost as error:
             reason = f"client {self._client!r} lost the process that trained it ({error}){_hint(error)}"
-            header, payload = encode(Failure(self._client, round, reason))
+            header, payload = encode(Failure(self._client, round, reason).sendable())
             self.store.outbox.put(offer.nonce, header, payload)
 
 
