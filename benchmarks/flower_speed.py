@@ -4,9 +4,10 @@
     python -m benchmarks.flower_speed --publish          # into benchmarks/results/flower.json and docs/flower.md
     python -m benchmarks.flower_speed --small --force    # see that it works: once, few rounds, on a busy machine
 
-Both have two processes for clients, but where it says that Shoal plays them in its own. The app (``benchmarks/apps/speed``) looks at the machine's clock at each round's
-end itself, so both are measured alike: rounds after the first are the steady state, and the first one is measured from
-the start of the process. The exit code is 0 if the results are equal and nothing is slower than it must be.
+Both have two processes for clients, but where it says that Shoal plays them in its own. The app
+(``benchmarks/apps/speed``) looks at the machine's clock at each round's end itself, so both are measured alike: rounds
+after the first are the steady state, and the first one is measured from the start of the process. The exit code is 0 if
+the results are equal and nothing is slower than it must be.
 """
 
 from __future__ import annotations
