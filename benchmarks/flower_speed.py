@@ -4,9 +4,10 @@
     python -m benchmarks.flower_speed --publish          # into benchmarks/results/flower.json and docs/flower.md
     python -m benchmarks.flower_speed --small --force    # see that it works: once, few rounds, on a busy machine
 
-Both have two processes for clients. The app (``benchmarks/apps/speed``) looks at the machine's clock at each round's
-end itself, so both are measured alike: rounds after the first are the steady state, and the first one is measured from
-the start of the process. The exit code is 0 if the results are equal and nothing is slower than it must be.
+Both have two processes for clients, but where it says that Shoal plays them in its own. The app
+(``benchmarks/apps/speed``) looks at the machine's clock at each round's end itself, so both are measured alike: rounds
+after the first are the steady state, and the first one is measured from the start of the process. The exit code is 0 if
+the results are equal and nothing is slower than it must be.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -39,7 +41,10 @@ Line = dict[str, Any]
 
 @dataclass(frozen=True)
 class Workload:
-    """``rounds`` of ``asked`` out of ``nodes`` clients. Shoal must be ``faster`` by this; None: it runs alone."""
+    """``rounds`` of ``asked`` out of ``nodes`` clients. Shoal must be ``faster`` by this; None: it runs alone.
+
+    ``workers`` are Shoal's.
+    """
 
     title: str
     nodes: int
@@ -47,6 +52,7 @@ class Workload:
     rounds: int
     config: Mapping[str, Any] = field(default_factory=dict)
     faster: float | None = None
+    workers: int = 2
 
     @property
     def given(self) -> dict[str, Any]:
@@ -54,9 +60,11 @@ class Workload:
         return {"nodes": self.nodes, "asked": self.asked, "rounds": self.rounds, **self.config}
 
 
+TINY = "a vector of 10, 100 nodes, which train and evaluate"
 FEW = "a vector of 10, {:,} registered nodes, 100 asked"  # flwr looks at every node for each of its messages
 WORKLOADS: Mapping[str, Workload] = {
-    "numpy": Workload("a vector of 10, 100 nodes, which train and evaluate", 100, 100, 12, {"evaluate": True}, 20.0),
+    "numpy": Workload(TINY, 100, 100, 12, {"evaluate": True}, 20.0),
+    "numpy here": Workload(f"{TINY}; Shoal with `--workers 0`", 100, 100, 12, {"evaluate": True}, 20.0, workers=0),
     "50 MB": Workload("a vector of 50 MB, 20 nodes", 20, 20, 5, {"size": 6_553_600}, 5.0),
     "2nn": Workload("2NN 784-200-200-10, 32 nodes × 60 examples", 32, 32, 8, {"model": "2nn"}, 3.0),
     "1,000": Workload(FEW.format(1_000), 1_000, 100, 30),
@@ -81,7 +89,7 @@ class Times:
 def run(work: Workload, repetitions: int) -> tuple[list[Times], list[Times], float | None]:
     """Shoal's times, flwr's, and how far their results are apart; in turns."""
     ways: dict[str, Callable[..., Done]] = {"flwr": under_flower} if work.faster is not None else {}
-    ways["shoal"] = under_shoal
+    ways["shoal"] = partial(under_shoal, workers=work.workers)
     times: dict[str, list[Times]] = {"flwr": [], "shoal": []}
     apart: list[float] = []
     for repetition in range(repetitions):

@@ -40,12 +40,12 @@ def under_flower(app: Path, nodes: int, config: Mapping[str, Any], folder: Path)
     return _measured([sys.executable, "-m", "benchmarks.flower_ways", str(app), str(nodes), given], result)
 
 
-def under_shoal(app: Path, nodes: int, config: Mapping[str, Any], folder: Path) -> Done:
-    """On Shoal, with two worker processes."""
+def under_shoal(app: Path, nodes: int, config: Mapping[str, Any], folder: Path, workers: int = 2) -> Done:
+    """On Shoal, with as many worker processes; 0: all in one process."""
     result = folder / "shoal.npz"
     command = [sys.executable, "-c", "from shoal.cli import main; main()", "flower", "run", str(app)]
     command += [f"{key}={json.dumps(value)}" for key, value in config.items()] + [f"result={result}"]
-    command += ["--nodes", str(nodes), "--workers", "2", "--out", str(folder / "runs")]
+    command += ["--nodes", str(nodes), "--workers", str(workers), "--out", str(folder / "runs")]
     return _measured(command, result)
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO
 from urllib.parse import quote
 
-from shoal.protos.errors import ConnectionRefused
+from shoal.protos.errors import ConnectionRefused, DataError
 from shoal.protos.files import locked, write_whole
 
 __all__ = ["Outbox", "Store", "keep_state", "kept_state"]
@@ -100,18 +100,25 @@ def _folder_name(client: str) -> str:
 
 
 def keep_state(folder: Path, round: int, data: bytes) -> None:
-    """Keep the state that goes with the update of ``round``."""
-    write_whole(folder / f"{round:05d}", [data])
+    """Keep the state that goes with the update of ``round``, behind its SHA-256."""
+    write_whole(folder / f"{round:05d}", [sha256(data).digest(), data])
 
 
 def kept_state(folder: Path, counted: int, older: int = OLDER) -> bytes | None:
     """The state of the update that was last counted, None if there is none; what can no longer become true goes.
 
-    It is asked for when a task begins: what is newer than the last counted state then was never counted.
+    It is asked for when a task begins: what is newer than the last counted state then was never counted. DataError if
+    it is damaged: a flipped bit must not train along.
     """
     states = sorted((path for path in folder.iterdir() if path.name.isdecimal()), key=lambda path: int(path.name))
     before = [path for path in states if int(path.name) < counted]
     for old in [*before[:-older], *(path for path in states if int(path.name) > counted)]:
         old.unlink(missing_ok=True)
     path = folder / f"{counted:05d}"
-    return path.read_bytes() if counted and path.is_file() else None
+    if not counted or not path.is_file():
+        return None
+    kept = path.read_bytes()
+    digest, data = kept[:32], kept[32:]
+    if sha256(data).digest() != digest:
+        raise DataError(f"{str(path)!r} is damaged: restore it, or start this client under another name")
+    return data

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from shoal.client.store import Outbox, Store, keep_state, kept_state
-from shoal.protos.errors import ConnectionRefused
+from shoal.protos.errors import ConnectionRefused, DataError
 from shoal.protos.files import write_whole
 
 
@@ -40,6 +40,18 @@ def test_the_state_of_the_counted_update_is_the_true_one(states: Path) -> None:
     assert kept_state(states, 2) == b"two"
     assert kept_state(states, 1) == b"one"
     assert kept_state(states, 0) is None
+
+
+@pytest.mark.parametrize("place", [0, 31, 32, -1])
+def test_a_damaged_state_is_not_taken_for_the_true_one(states: Path, place: int) -> None:
+    keep_state(states, 1, b"one")
+    (path,) = states.iterdir()
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+    with pytest.raises(DataError, match=r"00001' is damaged"):
+        kept_state(states, 1)
 
 
 def test_an_update_that_was_not_counted_moves_nothing(states: Path) -> None:

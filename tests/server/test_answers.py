@@ -19,6 +19,7 @@ from shoal.protos import fleet_pb2 as wire
 from shoal.protos.errors import InvalidUpdate
 from shoal.protos.messages import Failure
 from shoal.protos.transport import CHUNK
+from shoal.server.journal import Journal
 from shoal.server.orders import Answered, Failed
 from shoal.server.serving import Serving
 from tests.server.asking import BIG, Status, Wait, an_update, ask, packed, refused, slowly
@@ -214,7 +215,9 @@ def test_an_answer_whose_file_went_with_its_round_is_no_trouble_with_the_disk(
     assert examining.wait(WAIT)
     (assigned,) = serving.hub._open.values()
     serving.call(serving.hub.end, assigned.order, "over")
-    assigned.order.journal.forget(2**31)  # as the next round does
+    journal = assigned.order.journal
+    assert isinstance(journal, Journal)
+    journal.forget(2**31)  # as the next round does
     go.set()
 
     assert refused(lambda: call.result(WAIT))[0] == Status.NOT_FOUND
