@@ -35,7 +35,7 @@ from tests.flower.test_apps import EXPECTED
 from tests.flower.test_faults import without_client_1
 
 # Ray leaves pipes and processes to the garbage collector.
-pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
+pytestmark = [pytest.mark.filterwarnings("ignore::ResourceWarning"), pytest.mark.timeout(300)]  # Ray on a busy machine
 
 
 def test_what_cannot_be() -> None:
