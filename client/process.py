@@ -6,14 +6,16 @@ script again).
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-__all__ = ["answers_on", "command", "cores", "end_with", "environment", "fate", "jobs_on"]
+__all__ = ["answer_jobs", "answers_on", "command", "cores", "end_with", "environment", "fate", "jobs_on"]
 
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 # glibc gives large blocks back to the system and faults them in again at every step; other systems ignore these names.
@@ -52,6 +54,14 @@ def jobs_on() -> IO[bytes]:
     with Path(os.devnull).open("rb") as nobody:
         os.dup2(nobody.fileno(), sys.stdin.fileno())
     return jobs
+
+
+def answer_jobs(answer: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """In the process: answer jobs, a line of JSON each, until the other side is gone."""
+    jobs, answers = jobs_on(), answers_on()
+    for line in jobs:
+        answers.write(json.dumps(answer(json.loads(line))).encode() + b"\n")
+        answers.flush()
 
 
 def end_with(parent: int) -> None:

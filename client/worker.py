@@ -21,7 +21,7 @@ from shoal.client.data import Shard
 from shoal.client.local import LocalTraining
 from shoal.client.net import Net, build_module, parameters_of, to_numpy
 from shoal.client.participant import Participant, failure
-from shoal.client.process import answers_on, jobs_on
+from shoal.client.process import answer_jobs
 from shoal.client.sources import shard_of
 from shoal.client.store import Outbox, keep_state, kept_state
 from shoal.protos import registry
@@ -41,12 +41,8 @@ SHARDS = 64  # kept in memory where one process plays many clients
 
 def main() -> None:
     """Answer jobs until the other side is gone."""
-    jobs, answers = jobs_on(), answers_on()
     torch.set_num_threads(1)
-    for line in jobs:
-        job = json.loads(line)
-        answers.write(json.dumps(_look(job) if job["kind"] == "look" else _play(job)).encode() + b"\n")
-        answers.flush()
+    answer_jobs(lambda job: _look(job) if job["kind"] == "look" else _play(job))
 
 
 def _look(job: Mapping[str, Any]) -> dict[str, Any]:

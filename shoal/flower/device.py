@@ -6,7 +6,6 @@ number of the message that left it; which one is true the server says.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -16,7 +15,7 @@ from typing import Any
 
 from flwr.clientapp import ClientApp
 
-from shoal.client.process import answers_on, jobs_on
+from shoal.client.process import answer_jobs
 from shoal.client.store import Outbox, keep_state, kept_state
 from shoal.flower.app import FlowerApp
 from shoal.flower.compat import identify, to_wire
@@ -36,12 +35,8 @@ LOADED = ExitStack()  # what makes the app's modules importable, as long as the 
 
 def main() -> None:
     """Answer jobs until the other side is gone."""
-    jobs, answers = jobs_on(), answers_on()
     logging.getLogger("flwr").setLevel(logging.WARNING)
-    for line in jobs:
-        job = json.loads(line)
-        answers.write(json.dumps(_look(job) if job["kind"] == "look" else _play(job)).encode() + b"\n")
-        answers.flush()
+    answer_jobs(lambda job: _look(job) if job["kind"] == "look" else _play(job))
 
 
 def _look(job: Mapping[str, Any]) -> dict[str, Any]:

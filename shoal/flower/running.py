@@ -182,11 +182,8 @@ class Play:
         """The inverse of :meth:`toml`, with the app as it is now."""
         kept = tomllib.loads((folder.path / "experiment.toml").read_text(encoding="utf-8"))
         flower = kept["flower"]
-        app, where = (
-            FlowerApp.read(flower["app"], flower["config"]),
-            (flower.get("ray", False), flower.get("ray_address")),
-        )
-        return cls(app, flower["nodes"], kept["seed"], flower.get("workers"), *where)
+        app, ray = FlowerApp.read(flower["app"], flower["config"]), flower.get("ray", False)
+        return cls(app, flower["nodes"], kept["seed"], flower.get("workers"), ray, flower.get("ray_address"))
 
     def environment(self) -> dict[str, Any]:
         """What ``env.json`` says."""
@@ -202,9 +199,7 @@ class Play:
 
     def __str__(self) -> str:
         if self.on_ray:
-            return (
-                f"Flower apps on Ray at {self.ray_address}" if self.ray_address else "Flower apps on a Ray of its own"
-            )
+            return f"Flower apps on {f'Ray at {self.ray_address}' if self.ray_address else 'a Ray of its own'}"
         where = f"{min(self.workers, self.nodes)} worker processes" if self.workers else "this process"
         return f"Flower apps in {where}"
 
