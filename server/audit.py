@@ -16,6 +16,7 @@ server that is killed in between makes the round again from the same answers, an
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections import deque
@@ -37,7 +38,7 @@ from shoal.server.log import now
 from shoal.server.remote import Member
 from shoal.server.runs import RunFolder, plain
 
-__all__ = ["NAME", "Audit", "Misfit", "digest", "entries", "origin", "seal"]
+__all__ = ["NAME", "Audit", "Misfit", "digest", "entries", "origin", "owners", "seal"]
 
 NAME = "audit.jsonl"
 OVER = "the round was over without it"
@@ -122,6 +123,19 @@ def _last(path: Path) -> str | None:
     with path.open("rb") as file:
         last = deque(file, maxlen=1)
     return last[0][-67:-3].decode(errors="replace") if last else None
+
+
+def owners(path: Path) -> dict[str, str]:
+    """With which identities the clients took part, the first of each that was proven; damaged lines are passed over."""
+    found = dict[str, str]()
+    if path.exists():
+        with path.open("rb") as file:
+            for line in file:
+                with contextlib.suppress(ValueError, KeyError, TypeError):
+                    for told in json.loads(line)["clients"]:
+                        if told["identity"] is not None:
+                            found.setdefault(told["client"], told["identity"])
+    return found
 
 
 # --- verifying --------------------------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ import asyncio
 import secrets
 import time
 import traceback
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from types import MappingProxyType
 
 from shoal.protos import fleet_pb2 as wire
 from shoal.protos.codec import content_of, decode_failure
@@ -38,16 +39,26 @@ from shoal.server.spool import Incoming, Torn
 
 __all__ = ["Hub"]
 
+NOBODY: Mapping[str, str] = MappingProxyType({})
 MISSED = 3  # heartbeats, after which a connection is taken for dead
 MOST = 2**17  # clients that are known: beyond, names that cost nothing go
 QUEUED = 64  # replies to one client: a client that does not read gets no more heartbeats
 
 
 class Hub:
-    """``tell`` gets all news and must not block. ``admit`` may deny a client whose name and version are right."""
+    """``tell`` gets all news and must not block. ``admit`` may deny a client whose name and version are right.
 
-    def __init__(self, tell: Callable[[News], None], heartbeat: float = 30.0, admit: Admit = without_an_app) -> None:
-        self.tell, self.heartbeat, self._admit = tell, heartbeat, admit
+    ``owners`` has the identities to which names belong that an earlier process let in.
+    """
+
+    def __init__(
+        self,
+        tell: Callable[[News], None],
+        heartbeat: float = 30.0,
+        admit: Admit = without_an_app,
+        owners: Mapping[str, str] = NOBODY,
+    ) -> None:
+        self.tell, self.heartbeat, self._admit, self._owners = tell, heartbeat, admit, owners
         self.known: dict[str, str] = {}  # the clients that ever joined, with the identities they proved
         self._sessions: dict[str, Session] = {}  # by token
         self._present: dict[str, Session] = {}  # by client
@@ -71,13 +82,15 @@ class Hub:
         version = common_version(hello)
         check_name(hello.client)
         self._admit(hello, self.present)
-        if self.known.setdefault(hello.client, identity) != identity:
+        owner = self.known.get(hello.client, self._owners.get(hello.client, identity))
+        if owner != identity:
             self.tell(Refused(hello.client, peer, identity))
             raise Denied(
                 "PERMISSION_DENIED",
-                f"client {hello.client!r} belongs to the certificate of {self.known[hello.client]!r}, not of "
-                f"{identity!r}; give another name with --id",
+                f"client {hello.client!r} belongs to the certificate of {owner!r}, not of {identity!r}; give another "
+                f"name with --id",
             )
+        self.known[hello.client] = identity
         before = self._present.get(hello.client)
         now = time.monotonic()
         session = Session(secrets.token_hex(16), hello.client, hello.instance, peer, now, now)

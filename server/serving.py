@@ -9,7 +9,7 @@ import logging
 import queue
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -22,7 +22,7 @@ from shoal.protos.transport import SERVER, Address, Certificates
 from shoal.server.admission import Admit, without_an_app
 from shoal.server.board import Board
 from shoal.server.health import Health
-from shoal.server.hub import Hub
+from shoal.server.hub import NOBODY, Hub
 from shoal.server.orders import Event, News
 from shoal.server.service import board_handlers, handlers
 
@@ -36,8 +36,8 @@ PARTING = 2.0  # seconds for clients to hear the goodbye
 class Serving:
     """Listens from the moment it is made until :meth:`close`. :attr:`events` is all that comes back.
 
-    ``service`` answers the calls, ``admit`` denies those who must not come in. :attr:`watchers` hear all news, on
-    the loop; the :attr:`board` is the first of them.
+    ``service`` answers the calls, ``admit`` denies those who must not come in, names belong to their ``owners``.
+    :attr:`watchers` hear all news, on the loop; the :attr:`board` is the first of them.
     ConnectionRefused if the address cannot be had.
     """
 
@@ -49,11 +49,12 @@ class Serving:
         heartbeat: float = 30.0,
         service: Callable[[Hub], grpc.GenericRpcHandler] = handlers,
         admit: Admit = without_an_app,
+        owners: Mapping[str, str] = NOBODY,
     ) -> None:
         self.address, self._certificates, self._service = address, certificates, service
         _check_free(address)
         self.events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self.hub = Hub(self._spread, heartbeat, admit)
+        self.hub = Hub(self._spread, heartbeat, admit, owners)
         self.board = Board(self.hub)
         self.watchers: list[Callable[[News], None]] = [self.board.hear]
         self._goodbye = (wire.Goodbye.COME_BACK, "the server stops")

@@ -50,6 +50,11 @@ class Docket:
         self._announced.unlink()
         return folder
 
+    @property
+    def begun(self) -> Sequence[Path]:
+        """The run folders there are."""
+        return [self._out / name for name in self._names]
+
     def _announce(self, path: Path) -> None:
         write_whole(self._announced, [path.name.encode()])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import secrets
 import shutil
+from collections import ChainMap
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -20,7 +21,7 @@ from shoal.protos.errors import ExperimentError
 from shoal.protos.transport import Address, Certificates, check_exposure
 from shoal.run import Run
 from shoal.server.admission import Admit, without_an_app
-from shoal.server.audit import Audit
+from shoal.server.audit import NAME, Audit, owners
 from shoal.server.board import called_from
 from shoal.server.callbacks import Callback
 from shoal.server.checkpoints import Checkpoint
@@ -77,11 +78,15 @@ class Door:
         return Address.parse(f"127.0.0.1:{self.http}" if self.http.isdecimal() else self.http)
 
     @contextmanager
-    def open(self, admit: Admit = without_an_app) -> Iterator[Serving]:
-        """Listen, and let in whom ``admit`` does not deny; ConnectionRefused if that is not possible."""
+    def open(self, admit: Admit = without_an_app, begun: Sequence[Path] = ()) -> Iterator[Serving]:
+        """Listen, and let in whom ``admit`` does not deny; ConnectionRefused if that is not possible.
+
+        Who took part in runs that have ``begun`` keeps the name.
+        """
+        kept = ChainMap(*(owners(path / NAME) for path in begun))
         (address, certificates), shown = self.place(), self.show_at()
         pulse = min(self.heartbeat, self.lease / 3)
-        with closing(Serving(address, certificates, heartbeat=pulse, admit=admit)) as serving:
+        with closing(Serving(address, certificates, heartbeat=pulse, admit=admit, owners=kept)) as serving:
             if shown is None:
                 yield serving
                 return
@@ -113,7 +118,7 @@ def serve(experiments: Sequence[Experiment], door: Door, *, out: Path, progress:
         door.clients_needed(composition.experiment)
     texts = [composition.experiment.toml() for composition in compositions]
     runs, shows = list[Run](), [display(progress) for _ in compositions]
-    with closing(Docket(out, texts, door.listen, anew)) as docket, door.open() as serving:
+    with closing(Docket(out, texts, door.listen, anew)) as docket, door.open(begun=docket.begun) as serving:
         for number, (composition, show) in enumerate(zip(compositions, shows, strict=True)):
             with closing(docket.folder(number, composition.experiment.name)) as folder:
                 folder.claim()
@@ -152,7 +157,7 @@ def _swept(run: Run) -> Run:
 def served(composition: Composition, folder: RunFolder, recorded: dict[str, Any], show: Display) -> Iterator[Execution]:
     """A run that was served before, at the same address and with the same name to its clients."""
     door = Door(**recorded["served"])
-    with door.open() as serving:
+    with door.open(begun=[folder.path]) as serving:
         yield _execution(composition, folder, serving, door, recorded["run"], show)
         if _swept(Run(folder.path)).status == "finished":
             serving.close(finished=True)

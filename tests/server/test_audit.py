@@ -17,7 +17,7 @@ import torch
 from shoal.protos.codec import encode
 from shoal.protos.messages import Failure, Update
 from shoal.protos.parameters import Entry, Layout, Parameters, Segment
-from shoal.server.audit import Audit, Misfit, digest, entries, origin, seal
+from shoal.server.audit import Audit, Misfit, digest, entries, origin, owners, seal
 from shoal.server.checkpoints import Checkpoint
 from shoal.server.coordinator import Round, start
 from shoal.server.remote import Member
@@ -135,3 +135,16 @@ def test_a_line_that_is_sealed_but_wrong_does_not_fit(tmp_path: Path, content: d
 def test_the_parameters_hash_is_of_their_bytes() -> None:
     assert digest(INITIAL) == model(0)
     assert digest(replace(INITIAL, counters=torch.tensor([8]))) != model(0)
+
+
+def test_owners_are_those_who_proved_an_identity_first_whatever_happened_to_the_lines(tmp_path: Path) -> None:
+    assert owners(tmp_path / "audit.jsonl") == {}
+    written(tmp_path, 1, 2)
+    log = tmp_path / "audit.jsonl"
+    first, second = log.read_bytes().splitlines(keepends=True)
+    second = second.replace(b'"identity": "CN"', b'"identity": "thief"').replace(
+        b'"identity": null', b'"identity": "L"', 1
+    )
+    log.write_bytes(b"[1]\n{}\n" + first + b"\xff\n" + second + first[:-20])
+
+    assert owners(log) == {"a": "CN", "late": "L"}

@@ -21,7 +21,7 @@ from shoal.protos import fleet_pb2 as wire
 from shoal.protos.errors import RunError
 from shoal.protos.fleet_pb2_grpc import FleetStub
 from shoal.protos.transport import Address
-from shoal.serve import Roster
+from shoal.serve import Door, Roster
 from shoal.server.audit import origin, seal
 from shoal.server.orders import Left
 from shoal.server.runs import RunFolder
@@ -168,3 +168,14 @@ def test_a_client_that_comes_and_goes_all_the_time_leaves_few_lines(tmp_path: Pa
 
     assert len(lines) == 20 + 20 + 2
     assert [line["lines"] for line in lines[-2:]] == [80, 80]
+
+
+def test_who_took_part_in_a_run_keeps_the_name_when_the_server_starts_again(run: Path) -> None:
+    def said(client: str) -> wire.ConnectReply:
+        hello = wire.Hello(versions=[1], client=client, instance="1")
+        return next(iter(FleetStub(channel).Connect(iter([wire.ConnectRequest(hello=hello)]))))
+
+    with Door("127.0.0.1:0", insecure=True).open(begun=[run]) as serving, grpc.insecure_channel(str(serving.address)) as channel:
+        assert said("late").HasField("welcome")  # came without a certificate before, too
+        with pytest.raises(grpc.RpcError, match="client 'a' belongs to the certificate of 'CN', not of ''"):
+            said("a")
