@@ -139,10 +139,16 @@ class RemoteFleet:
         with closing(self._answers(order, ask, Kind.TRAIN)) as answers:
             for place, answer in answers:
                 arrived[place] = answer
-                while position in arrived:  # what stands next in the cohort's order need not wait
-                    yield self._part(ask, order, position, arrived.pop(position))
-                    position += 1
                 counted += isinstance(answer, Answered)
+                # What stands next in the cohort's order need not wait; what seems to be enough is looked at before
+                # the others are let go.
+                while position in arrived or (arrived and counted == ask.goal):
+                    position = position if position in arrived else min(arrived)
+                    taken = arrived.pop(position)
+                    part = self._part(ask, order, position, taken)
+                    counted -= isinstance(taken, Answered) and not part.reports
+                    yield part
+                    position += 1
                 if counted == ask.goal:
                     break
         for place in sorted(arrived):

@@ -394,6 +394,25 @@ def test_a_failure_does_not_count_towards_the_goal(house: House, join: Join) -> 
     assert bits(total(round.result(WAIT))) == bits(summed(ask, {1: an_update(1), 2: an_update(2)}))
 
 
+@pytest.mark.parametrize("arriving", ["abcd", "badc", "bcda", "dbca"])
+def test_an_answer_that_cannot_be_counted_leaves_its_place_to_another(
+    serve: Serve, join: Join, tmp_path: Path, arriving: str
+) -> None:
+    journal = Journal(tmp_path / "kept")
+    with ThreadPoolExecutor(1) as pool:
+        house = House(serve(), pool, journal, FedNova())
+        peers = {name: join(house.serving, name) for name in "abcde"}  # e never answers
+        round = house.train(an_ask("abcde", goal=3))
+        offers = {name: peer.hear("offer").nonce for name, peer in peers.items()}
+        for name in arriving:
+            peers[name].answer(offers[name], an_update(0, steps=0) if name == "b" else an_update(1))
+        parts = round.result(WAIT)
+        house.fleet.close()
+
+    assert [failure.client for failure in failures(parts)] == ["b"]
+    assert sorted(report.client for part in parts for report in part.reports) == ["a", "c", "d"]
+
+
 @pytest.mark.slow
 def test_more_answers_than_needed_at_the_same_moment_leave_no_file(house: House, join: Join, spool: Spool) -> None:
     peers = [join(house.serving, name) for name in NAMES]

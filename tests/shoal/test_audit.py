@@ -175,7 +175,10 @@ def test_who_took_part_in_a_run_keeps_the_name_when_the_server_starts_again(run:
         hello = wire.Hello(versions=[1], client=client, instance="1")
         return next(iter(FleetStub(channel).Connect(iter([wire.ConnectRequest(hello=hello)]))))
 
-    with Door("127.0.0.1:0", insecure=True).open(begun=[run]) as serving, grpc.insecure_channel(str(serving.address)) as channel:
+    with (
+        Door("127.0.0.1:0", insecure=True).open(begun=[run]) as serving,
+        grpc.insecure_channel(str(serving.address)) as channel,
+    ):
         assert said("late").HasField("welcome")  # came without a certificate before, too
         with pytest.raises(grpc.RpcError, match="client 'a' belongs to the certificate of 'CN', not of ''"):
             said("a")
