@@ -17,10 +17,10 @@ from grpc import aio
 
 from shoal.client.diagnose import diagnose
 from shoal.protos import fleet_pb2 as wire
-from shoal.protos.codec import write_settings
 from shoal.protos.errors import ConnectionRefused
 from shoal.protos.fleet_pb2_grpc import FleetStub
 from shoal.protos.messages import NOTHING, Setting
+from shoal.protos.settings import write_settings
 from shoal.protos.transport import CAPABILITIES, CHANNEL, SERVICE, VERSIONS, Address, Certificates, software
 
 __all__ = ["Link"]

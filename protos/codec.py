@@ -16,11 +16,10 @@ made, no memory is allocated on a peer's word, and whatever is wrong is a :class
 from __future__ import annotations
 
 import hashlib
-import math
 import re
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from google.protobuf.message import DecodeError, EncodeError
@@ -47,6 +46,7 @@ from shoal.protos.manifest import (
 )
 from shoal.protos.messages import Envelope, Failure, Kind, Measurement, Setting, Spec, Task, Update
 from shoal.protos.parameters import Entry, Layout, Parameters, Segment, frozen_hash
+from shoal.protos.settings import read_metrics, read_number, read_settings, write_metrics, write_number, write_settings
 
 __all__ = [
     "content_of",
@@ -56,12 +56,9 @@ __all__ = [
     "decode_task",
     "decode_update",
     "encode",
-    "read_settings",
     "readdressed",
-    "write_settings",
 ]
 
-DEPTH = 16  # of lists in settings; protobuf gives up at 50
 MODEL = ("trainable", "buffers", "counters")
 
 Value = Task[np.ndarray] | Update[np.ndarray] | Measurement | Envelope | Failure
@@ -174,7 +171,7 @@ def _write(value: Value) -> tuple[wire.Header, Arrays]:
         failure = wire.Failure(client=value.client, round=value.round, reason=value.reason, traceback=value.traceback)
         return wire.Header(failure=failure), {}
     if isinstance(value, Measurement):
-        return wire.Header(measurement=wire.Measurement(metrics=_write_metrics(value.metrics))), {}
+        return wire.Header(measurement=wire.Measurement(metrics=write_metrics(value.metrics))), {}
     if isinstance(value, Envelope):
         envelope = wire.Envelope(round=value.round, settings=write_settings(value.settings))
         return wire.Header(envelope=envelope), {("content", "content"): value.content}
@@ -230,20 +227,6 @@ def _read_task(task: wire.Task, arrays: Arrays, limits: Limits) -> Task[np.ndarr
         read_settings(task.settings, limits),
         _read_reply(task.reply, limits) if task.HasField("reply") else None,
     )
-
-
-def write_settings(settings: Mapping[str, Setting]) -> list[wire.NamedSetting]:
-    """CodecError for a value that has no wire form."""
-    return [
-        wire.NamedSetting(name=name, value=_write_setting(value, f"setting {quote(name)}"))
-        for name, value in settings.items()
-    ]
-
-
-def read_settings(settings: Sequence[wire.NamedSetting], limits: Limits = LIMITS) -> dict[str, Setting]:
-    """The inverse of :func:`write_settings`; CodecError for a name that stands there twice, or a missing value."""
-    check_names((s.name for s in settings), "setting", limits)
-    return {s.name: _read_setting(s.value, f"setting {quote(s.name)}") for s in settings}
 
 
 def _read_layout(task: wire.Task, limits: Limits) -> Layout:
@@ -302,41 +285,30 @@ def _read_reply(reply: wire.Reply, limits: Limits) -> dict[str, Spec]:
 
 def _write_update(update: Update[np.ndarray]) -> wire.Update:
     return wire.Update(
-        examples=_write_number(update.examples, "examples"),
-        steps=_write_number(update.steps, "steps"),
-        lr_sum=_write_number(update.lr_sum, "lr_sum"),
-        metrics=_write_metrics(update.metrics),
+        examples=write_number(update.examples, "examples"),
+        steps=write_number(update.steps, "steps"),
+        lr_sum=write_number(update.lr_sum, "lr_sum"),
+        metrics=write_metrics(update.metrics),
     )
-
-
-def _write_metrics(metrics: Mapping[str, float]) -> list[wire.Metric]:
-    return [
-        wire.Metric(name=name, value=_write_number(value, f"metric {quote(name)}")) for name, value in metrics.items()
-    ]
-
-
-def _read_metrics(metrics: Sequence[wire.Metric], limits: Limits) -> dict[str, float]:
-    check_names((m.name for m in metrics), "metric", limits)
-    return {m.name: _read_number(m.value, f"metric {quote(m.name)}") for m in metrics}
 
 
 def _read_update(update: wire.Update, arrays: Arrays, limits: Limits) -> Update[np.ndarray]:
     vectors, tensors = _split(arrays, "update", ("delta",), ("buffers", "counters"))
     return Update(
         vectors["delta"],
-        _read_number(update.examples, "examples"),
-        _read_number(update.steps, "steps"),
-        _read_number(update.lr_sum, "lr_sum"),
+        read_number(update.examples, "examples"),
+        read_number(update.steps, "steps"),
+        read_number(update.lr_sum, "lr_sum"),
         tensors,
         vectors.get("buffers"),
         vectors.get("counters"),
-        _read_metrics(update.metrics, limits),
+        read_metrics(update.metrics, limits),
     )
 
 
 def _read_measurement(measurement: wire.Measurement, arrays: Arrays, limits: Limits) -> Measurement:
     _without_tensors(arrays, "measurement")
-    return Measurement(_read_metrics(measurement.metrics, limits))
+    return Measurement(read_metrics(measurement.metrics, limits))
 
 
 def _read_envelope(envelope: wire.Envelope, arrays: Arrays, limits: Limits) -> Envelope:
@@ -368,58 +340,8 @@ def _split(
     return vectors, {name: array for (role, name), array in arrays.items() if role == TENSOR}
 
 
-def _write_number(value: Any, what: str) -> wire.Number:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return wire.Number(integer=_int64(value, what))
-    if isinstance(value, float):
-        return wire.Number(real=value)
-    raise CodecError(f"{what} is of type {type(value).__name__}; it must be a float or an int, one client's")
-
-
-def _read_number(number: wire.Number, what: str) -> float:
-    value = number.real if number.HasField("real") else number.integer
-    if number.WhichOneof("value") is None or not math.isfinite(value):
-        raise CodecError(f"{what} is {value if number.HasField('real') else 'missing'}; it must be a finite number")
-    return value
-
-
-def _write_setting(value: Any, what: str, depth: int = 0) -> wire.Setting:
-    at_most(DEPTH, depth, f"nested lists in {what}")
-    match value:
-        case bool():
-            return wire.Setting(boolean=value)
-        case int():
-            return wire.Setting(integer=_int64(value, what))
-        case float():
-            return wire.Setting(real=value)
-        case str():
-            return wire.Setting(text=value)
-        case bytes():
-            return wire.Setting(raw=value)
-        case list():
-            return wire.Setting(list=wire.Settings(values=[_write_setting(v, what, depth + 1) for v in value]))
-    raise CodecError(f"{what} holds a {type(value).__name__}; use bool, int, float, str, bytes or a list of these")
-
-
-def _read_setting(setting: wire.Setting, what: str, depth: int = 0) -> Setting:
-    at_most(DEPTH, depth, f"nested lists in {what}")
-    kind = setting.WhichOneof("value")
-    if kind is None:
-        raise CodecError(f"{what} has no value that this version knows; run the same version of Shoal on both sides")
-    if kind == "list":
-        return [_read_setting(value, what, depth + 1) for value in setting.list.values]
-    value: Setting = getattr(setting, kind)
-    return value
-
-
 def _member(kind: type[E], text: str, what: str) -> E:
     try:
         return kind(text)
     except ValueError:
         raise CodecError(f"{what} is {quote(text)}; this version knows {', '.join(kind)}") from None
-
-
-def _int64(value: int, what: str) -> int:
-    if not -(2**63) <= value < 2**63:
-        raise CodecError(f"{what} is an integer of {value.bit_length()} bits; it must fit in 64: send a float or str")
-    return value

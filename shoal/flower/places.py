@@ -6,8 +6,8 @@ from collections.abc import Collection, Mapping, Sequence
 
 from shoal.flower.app import FlowerApp
 from shoal.protos import fleet_pb2 as wire
-from shoal.protos.codec import read_settings
 from shoal.protos.messages import NOTHING, Setting
+from shoal.protos.settings import read_settings
 from shoal.server.orders import Denied
 
 __all__ = ["PARTITION", "Places", "said_of"]

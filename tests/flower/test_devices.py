@@ -30,9 +30,10 @@ from shoal.flower.joining import Device
 from shoal.flower.places import Places, said_of
 from shoal.flower.turns import Answer, Turn, array_record
 from shoal.protos import fleet_pb2 as wire
-from shoal.protos.codec import encode, write_settings
+from shoal.protos.codec import encode
 from shoal.protos.errors import RunError
 from shoal.protos.messages import Envelope, Failure, Update
+from shoal.protos.settings import write_settings
 from shoal.protos.transport import VERSIONS, Address
 from shoal.protos.transport import chunk as chunk_of
 from shoal.serve import Door

@@ -9,8 +9,8 @@ import pytest
 from shoal.flower.app import FlowerApp
 from shoal.flower.places import Places, said_of
 from shoal.protos import fleet_pb2 as wire
-from shoal.protos.codec import write_settings
 from shoal.protos.messages import Setting
+from shoal.protos.settings import write_settings
 from shoal.server.orders import Denied
 from tests.flower.conftest import APPS
 
