@@ -21,6 +21,7 @@ from torch import Tensor
 from shoal.protos import messages
 from shoal.protos.messages import Spec
 from shoal.protos.parameters import Layout
+from shoal.strategies.kernels import settle
 
 __all__ = [
     "Batch",
@@ -42,6 +43,8 @@ __all__ = [
     "number",
     "vector",
 ]
+
+settle()  # whoever computes has imported this
 
 Sent = messages.Sent[Tensor]
 Update = messages.Update[Tensor]
