@@ -7,8 +7,7 @@ import random
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -25,11 +24,28 @@ def receipts(events: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     return {event["nonce"]: place for place, event in enumerate(events) if event["point"] == "receipt"}
 
 
+@dataclass(frozen=True)
+class Served:
+    """What a server said of itself; the calls that the system saw, where it can be asked."""
+
+    events: Sequence[Mapping[str, Any]]
+    calls: Sequence[str]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Served:
+    folder = tmp_path_factory.mktemp("served")
+    log = folder / "calls"
+    traced = (str(STRACE), "-D", "-f", "-y", "-qq", "-s", "400", "-e", "trace=fsync,fdatasync,write", "-o", str(log))
+    events = asyncio.run(served(WORLD, folder, order=True, under=traced if STRACE else ())).trace.events
+    return Served(events, log.read_text().splitlines() if STRACE else [])
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.fault(4)
-def test_bytes_folder_journal_and_receipt_come_in_this_order(tmp_path: Path) -> None:
-    events = asyncio.run(served(WORLD, tmp_path, order=True)).trace.events
+def test_bytes_folder_journal_and_receipt_come_in_this_order(run: Served) -> None:
+    events = run.events
     found = receipts(events)
 
     assert len(found) == WORLD.rounds * WORLD.sites
@@ -53,14 +69,11 @@ def _path(event: Mapping[str, Any]) -> str:
 @pytest.mark.timeout(300)
 @pytest.mark.skipif(STRACE is None, reason="strace is not installed")
 @pytest.mark.fault(4)
-def test_the_system_is_asked_to_sync_the_journal_before_each_receipt(tmp_path: Path) -> None:
-    log = tmp_path / "calls"
-    traced = (str(STRACE), "-D", "-f", "-y", "-qq", "-s", "400", "-e", "trace=fsync,fdatasync,write", "-o", str(log))
-    events = asyncio.run(served(WORLD, tmp_path, under=traced)).trace.events
-    calls = log.read_text().splitlines()
+def test_the_system_is_asked_to_sync_the_journal_before_each_receipt(run: Served) -> None:
+    calls, found = run.calls, receipts(run.events)
 
-    assert len(receipts(events)) == WORLD.rounds * WORLD.sites
-    for nonce in receipts(events):
+    assert len(found) == WORLD.rounds * WORLD.sites
+    for nonce in found:
         payload = _first(calls, rf"f(data)?sync\(\d+<.*/round/{nonce}\.payload>")
         folder = _first(calls, r"f(data)?sync\(\d+<.*/round>", payload)
         journal = _first(calls, r"f(data)?sync\(\d+<.*/journal\.sqlite-wal>", folder)

@@ -95,7 +95,7 @@ class World:
             hosted=sites - 1 if small else sites - rng.randint(0, 2),
             strategy=rng.choices(("scaffold", "fedavg", "fedadam"), (6, 2, 2))[0],
             model=rng.choice(('name = "linear"', MLP, f"{MLP}\nnorm = true")),
-            rounds=rng.randint(15, 20) if small else rng.randint(25, 40),
+            rounds=rng.randint(30, 35) if small else rng.randint(25, 40),
             clients_every=0 if lenient else rng.choice((0, 0, 3)),
             tls=not small and rng.random() < 0.5,
             lenient=lenient,

@@ -149,19 +149,18 @@ def test_scenarios_and_alternatives(command: Shoal) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["csv", "parquet"])
-def test_tables_are_exported(form: str, command: Shoal) -> None:
+def test_tables_are_exported(command: Shoal) -> None:
     """Four cores for two cells: each has two worker processes."""
     command("compare", *WORDS, "data.client_test=0.2", "evaluation.clients_every=2", "--seeds", "1", "--workers", "4")
-    code, out, _ = command("export", "runs/1", "--to", "paper", "--format", form)
-    read = {"csv": pd.read_csv, "parquet": pd.read_parquet}[form]
-    frames = {Path(line).stem: read(line) for line in out.splitlines()}
+    for form, read in {"csv": pd.read_csv, "parquet": pd.read_parquet}.items():
+        code, out, _ = command("export", "runs/1", "--to", "paper", "--format", form)
+        frames = {Path(line).stem: read(line) for line in out.splitlines()}
 
-    assert [Run(path)._folder.read("env.json")["workers"] for path in frames["cells"]["path"]] == [2, 2]
-    assert code == 0 and list(frames) == ["table", "cells", "metrics", "clients"]
-    assert frames["metrics"].columns.tolist() == ["scenario", "arm", "seed", "round", "metric", "value"]
-    clients = frames["clients"].query("arm == 'fedavg' and metric == 'accuracy' and round == 3")
-    assert sorted(clients["client"]) == list("abcdef")
-    assert frames["table"].loc[0, "clients_mean"] == pytest.approx(clients["value"].mean())
-    assert frames["table"].loc[0, "clients_worst_10"] == pytest.approx(clients["value"].min())
+        assert [Run(path)._folder.read("env.json")["workers"] for path in frames["cells"]["path"]] == [2, 2]
+        assert code == 0 and list(frames) == ["table", "cells", "metrics", "clients"]
+        assert frames["metrics"].columns.tolist() == ["scenario", "arm", "seed", "round", "metric", "value"]
+        clients = frames["clients"].query("arm == 'fedavg' and metric == 'accuracy' and round == 3")
+        assert sorted(clients["client"]) == list("abcdef")
+        assert frames["table"].loc[0, "clients_mean"] == pytest.approx(clients["value"].mean())
+        assert frames["table"].loc[0, "clients_worst_10"] == pytest.approx(clients["value"].min())
     assert command("export", "runs/1", "--to", "paper", "--format", "xls")[0] == 2

@@ -54,7 +54,7 @@ def test_a_server_is_looked_at_while_a_round_goes_on(start: Start, shards: Path)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     server = serve(start, write(shards.parent, more=GATE, clients_every=0), more=("--http", port))
-    hosted = crowd(start, server, shards, 3, "--allow", "gated.py:Gated", "--workers", "3")
+    hosted = crowd(start, server, shards, 3, "--allow", "gated.py:Gated", "--workers", "2")
     hosted.wait_for("at the gate")
     status = ("status", server.address, "--insecure")
     watching = start(*status, "--watch")
