@@ -75,6 +75,9 @@ def _file_module(path: Path) -> ModuleType:
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module
+        # What lies beside it can be imported, as where Python runs a file; looked for last, so that it shadows nothing.
+        if str(resolved.parent) not in sys.path:
+            sys.path.append(str(resolved.parent))
         try:
             spec.loader.exec_module(module)
         except BaseException as error:
@@ -145,7 +148,8 @@ def _checked(make: Any, key: str, value: object, where: str) -> object:
         # TOML has no tuples and users write 1 for 1.0; a number in a string stays an error.
         return adapter.validate_python(tuple(value) if isinstance(value, list) else value, strict=True)
     except ValidationError as error:
-        message = error.errors()[0]["msg"]
+        first = error.errors()[0]
+        message = "it must be a list, such as ['a', 'b']" if first["type"] == "sequence_str" else first["msg"]
         raise ExperimentError(f"'{where}' is {value!r}: {message[0].lower()}{message[1:]}") from error
 
 

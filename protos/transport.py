@@ -6,7 +6,6 @@ Only this module and the two ends that use it know of gRPC.
 from __future__ import annotations
 
 import ipaddress
-import os
 import ssl
 import zlib
 from collections.abc import Iterator, Sequence
@@ -14,8 +13,6 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-# gRPC writes about each handshake that fails, in words for its own developers and without an end.
-os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 import grpc
 
 from shoal.protos import fleet_pb2 as wire

@@ -114,4 +114,4 @@ def _write_all(file: FileIO, data: bytes) -> None:
 def _check_room(folder: Path, total: int) -> None:
     """OSError before the disk is so full that nobody can go on."""
     if shutil.disk_usage(folder).free < total + SPARE:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(errno.ENOSPC, f"No space left beside the {SPARE >> 20} MiB that checkpoint and log may need")

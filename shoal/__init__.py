@@ -5,9 +5,14 @@ Everything here is imported on first use, so ``import shoal`` costs nothing.
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING
+
+# gRPC writes about each handshake that fails, in words for its own developers and without an end. It reads this when
+# it is imported, by whichever module of Shoal comes first.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 if TYPE_CHECKING:
     from shoal import flower as flower

@@ -8,7 +8,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from shoal.client.data import Shard
 from shoal.client.losses import cross_entropy, loss_named, metric_named
@@ -181,8 +181,11 @@ class Composition:
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
                 output = self._net.module.eval()(self._as_input(x))
         except Exception as error:
+            embeds = any(isinstance(part, nn.Embedding | nn.EmbeddingBag) for part in self._net.module.modules())
+            remedy = "; token ids must stay whole: read the data with dtype = 'int64'" if embeds else ""
             raise ExperimentError(
                 f"the model does not accept examples of shape {list(x.shape[1:])}: {error}"
+                f"{remedy if x.is_floating_point() else ''}"
             ) from error
         if not isinstance(output, Tensor):
             raise ExperimentError(f"the model returns a {type(output).__name__}; it must return one tensor")
@@ -192,14 +195,21 @@ class Composition:
         """The loss and the metrics of two examples: shapes that do not fit are found here."""
         local = self.experiment.local
         y = data.shard(data.clients[0]).y[:2].to(output.device)
-        for what, function in [("loss", loss_named(local.loss)), *map(metric_named, local.metrics or ())]:
+        computed = [("loss", loss_named(local.loss)), *map(metric_named, local.metrics or ())]
+        for place, (what, function) in enumerate(computed):
             try:
-                function(output, y)
+                shape = list(torch.as_tensor(function(output, y)).shape)
             except Exception as error:
                 shapes = f"an output of shape {list(output.shape)} and labels of shape {list(y.shape)}"
                 raise ExperimentError(
                     f"{what} cannot be computed from {shapes}: {error}; set local.loss, local.metrics or model.classes"
                 ) from error
+            if place == 0 and shape not in ([], [1]):
+                raise ExperimentError(f"loss gives {shape} for {len(y)} examples; it must give one number, their mean")
+            if place and shape != [len(y)]:
+                raise ExperimentError(
+                    f"metric {what!r} gives {shape} for {len(y)} examples; it must give one number for each"
+                )
 
     def _check_labels(self, data: FederatedData, output: Tensor) -> None:
         if loss_named(self.experiment.local.loss) is not cross_entropy:

@@ -85,7 +85,8 @@ class Overview:
         yield f"  sizes     {spread}; in effect {numbers['effective_clients']:,.1f} clients of one size"
         if s.counts is not None:
             few, many = numbers["classes_min"], numbers["classes_max"]
-            yield f"  labels    {few:.0f} to {many:.0f} of {len(self.labels)} a client"
+            known = f"{few:.0f} to {many:.0f}" if few < many else f"{many:.0f}"
+            yield f"  labels    {known} of {len(self.labels)} a client"
             low, high = numbers["divergence_p5"], numbers["divergence_p95"]
             yield (
                 f"  mixes     {numbers['divergence']:.3f} bits from the whole's (mean Jensen-Shannon divergence; "

@@ -292,7 +292,8 @@ def on_shards(s: Mapping[str, float]) -> str:
     text = f"shards of {s['size_min']:.0f} to {s['size_max']:.0f} examples, median {s['size_median']:.0f}"
     if "total_variation" not in s:
         return text
-    classes = f"{s['classes_min']:.0f} to {s['classes_max']:.0f} classes"
+    few, many = s["classes_min"], s["classes_max"]
+    classes = f"{few:.0f} to {many:.0f} classes" if few < many else f"{many:.0f} classes each"
     return f"{text} · {classes}, {100 * s['total_variation']:.0f} % off the common mix"
 
 

@@ -85,6 +85,19 @@ def test_the_tutorials_strategy_runs_everywhere(tmp_path: Path) -> None:
     assert len([line for line in code.partition("class ")[2].splitlines() if line.strip()]) <= 30
 
 
+@pytest.mark.slow
+def test_the_code_of_ones_own_that_a_page_shows_runs(tmp_path: Path) -> None:
+    (code,) = blocks("python", (ROOT / "docs" / "experiment.md").read_text())
+    (tmp_path / "my.py").write_text(code.replace("[3.0, 1.0]", "[3.0] + 9 * [1.0]"))  # the example here has ten classes
+    own = ["local.loss=my.py:weighted", 'local.metrics=["accuracy", "my.py:top2"]', "selector=my.py:Worst"]
+    small = ["rounds=3", "cohort=4", "model=linear", "selector.share=0.5", "evaluation.clients_every=0"]
+    command = [sys.executable, "-m", "shoal", "simulate", ROOT / "examples" / "fashion.toml", *own, *small]
+    done = subprocess.run([*map(str, command), "--workers", "0"], cwd=tmp_path, capture_output=True, text=True)
+
+    assert done.returncode == 0, done.stderr
+    assert "test_accuracy" in done.stdout and "test_top2" in done.stdout
+
+
 def test_the_readmes_experiment_is_the_example() -> None:
     shown = tomllib.loads(blocks("toml")[0])
     example = tomllib.loads((ROOT / "examples" / "fashion.toml").read_text())

@@ -5,13 +5,17 @@ from __future__ import annotations
 import datetime
 import http.server
 import ipaddress
+import os
 import socket
 import ssl
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -155,6 +159,19 @@ def test_a_server_of_an_unknown_authority(serving: Open, theirs: Authority, clie
 
     assert words.startswith("the server's certificate is not accepted (TLS: unable to get local issuer certificate")
     assert words.endswith("; renew it, or correct ca.pem")
+
+
+def test_nothing_is_said_beside_the_sentence(serving: Open, theirs: Authority, client: Path, tmp_path: Path) -> None:
+    """gRPC would write of each handshake that fails; it is silent only if that is said before it is imported."""
+    np.savez(tmp_path / "a.npz", x=np.zeros((2, 1), np.float32), y=np.zeros(2, np.int64))
+    words = ["client", "--connect", serving(theirs.issue("noisy")), "--tls", client, "--data", tmp_path / "a.npz"]
+    command = [sys.executable, "-m", "shoal", *words, "--state", tmp_path / "state", "--patience", "0.5"]
+    environment = {name: value for name, value in os.environ.items() if name != "GRPC_VERBOSITY"}
+
+    done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True)
+
+    assert done.returncode == 2
+    assert done.stderr.startswith("shoal: the server's certificate is not accepted") and done.stderr.count("\n") == 1
 
 
 def test_a_server_whose_certificate_has_expired(serving: Open, ours: Authority, client: Path) -> None:

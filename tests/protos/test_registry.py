@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,15 @@ def test_registered_names() -> None:
 
 def test_a_file_is_loaded_once(own: str) -> None:
     assert registry.load("shoal.strategies", f"{own}:Own") is registry.load("shoal.models", f"{own}:Own")
+
+
+def test_a_file_imports_what_lies_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "beside_it.py").write_text("SIZE = 3")
+    (tmp_path / "json.py").write_text("SIZE = 4")
+    (tmp_path / "one.py").write_text("import beside_it, json\nsize = lambda: (beside_it.SIZE, hasattr(json, 'SIZE'))")
+
+    assert registry.load("shoal.models", f"{tmp_path / 'one.py'}:size")() == (3, False)
 
 
 def test_a_module_path() -> None:

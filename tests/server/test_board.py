@@ -273,7 +273,7 @@ def test_a_full_disk_is_shown_until_it_takes_an_answer(
         refusing = look(serving)
     peer.answer(nonce, an_update())
 
-    assert refusing.disk == "No space left on device"
+    assert refusing.disk == f"No space left beside the {2**42} MiB that checkpoint and log may need"
     assert look(serving).disk == ""
     serving.tell(Disk("Input/output error"))
     assert look(serving).disk == "Input/output error"

@@ -153,7 +153,7 @@ def test_a_disk_that_takes_no_more(
         full.setattr("shoal.server.spool.SPARE", 2**62)
         with pytest.raises(grpc.RpcError, match="No space left"):
             peer.answer(nonce, an_update())
-    reason = "the disk takes no more: No space left on device"
+    reason = f"the disk takes no more: No space left beside the {2**42} MiB that checkpoint and log may need"
     assert health(monitor) == (503, {"ok": False, "reason": reason, "draining": False})
     refusing = metrics(monitor)
     peer.answer(nonce, an_update())

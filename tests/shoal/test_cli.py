@@ -79,6 +79,12 @@ class Raises(shoal.Client):
 def make_net(shape, classes, width=3):
     return torch.nn.Sequential(torch.nn.Linear(shape[0], width), torch.nn.Linear(width, classes))
 
+def by_row(output, target):
+    return torch.nn.functional.cross_entropy(output, target, reduction="none")
+
+def embed(shape, classes):
+    return torch.nn.Sequential(torch.nn.EmbeddingBag(9, 3), torch.nn.Linear(3, classes))
+
 def no_net():
     return 7
 
@@ -255,6 +261,7 @@ def test_strategies_are_listed_with_their_sources(shoal: Shoal) -> None:
         (["tiny.toml", "strategy=scaffold", "local.optimizer=adam"], r"Scaffold is not valid .*'adam'"),
         (["tiny.toml", "cohort=7"], r"cohort is 7, but there are only 6 clients"),
         (["tiny.toml", "data.path=no.csv"], r"no such file.*no\.csv"),
+        (["tiny.toml", "data.features=a"], r"'data\.features' is 'a': it must be a list, such as \['a', 'b'\]"),
         (["tiny.toml", "data.label=z"], r"'z'.*(did you mean|known)"),
         (["tiny.toml", "data.partition={kind='dirichlt', clients=2, alpha=1.0}"], r"did you mean 'dirichlet'"),
         (["tiny.toml", "data.partition={kind='dirichlet', clients=2}"], r"'data\.partition\.alpha' is missing"),
@@ -263,6 +270,7 @@ def test_strategies_are_listed_with_their_sources(shoal: Shoal) -> None:
         (["tiny.toml", "model.classes=1"], r"label 1 in row \d+ of the training data is out of range .* 1 outputs"),
         (["tiny.toml", "model=mine.py:no_net"], r"model 'mine\.py:no_net' gives a int, it must be a Module"),
         (["tiny.toml", "model=mine.py:wrong_net"], r"the model does not accept examples of shape \[2\]"),
+        (["tiny.toml", "model=mine.py:embed"], r"token ids must stay whole: read the data with dtype = 'int64'"),
         (["tiny.toml", "model=mine.py:CONST"], r"model 'mine\.py:CONST' is no class or function"),
         (["tiny.toml", "model=mlp", "model.hidden=[-1]"], r"model 'mlp' cannot be made with .*hidden=\(-1,\)"),
         (["tiny.toml", "strategy=mine.py:CONST"], r"strategy 'mine\.py:CONST' is no class or function"),
@@ -278,6 +286,11 @@ def test_strategies_are_listed_with_their_sources(shoal: Shoal) -> None:
         (["tiny.toml", "local.lr=inf"], r"'local\.lr' is inf"),
         (["tiny.toml", "over_select=inf"], r"key 'over_select' is inf"),
         (["tiny.toml", "local.loss=mse"], r"loss cannot be computed from an output of shape \[2, 2\].*model\.classes"),
+        (["tiny.toml", "local.loss=mine.py:by_row"], r"loss gives \[2\] for 2 examples; it must give one number"),
+        (
+            ["tiny.toml", "local.metrics=['torch:dist']", "model.classes=1", "local.loss=mse"],
+            r"metric 'dist' gives \[\] for 2 examples; it must give one number for each",
+        ),
         (["tiny.toml", "device=gpu"], r"device 'gpu' cannot be used"),
         (["tiny.toml", "target.acuracy=0.5"], r"unknown key 'target\.acuracy' \(did you mean 'accuracy'\?\)"),
         (["tiny.toml", "data=3"], r"key 'data' is 3: give a name, or a table"),
