@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["figure", "html"]
 
+NOT_REACHED = "not reached"
 TITLES = {"round": "rounds", "megabytes": "what was sent"}
 
 
@@ -85,15 +86,15 @@ def _other_measures(row: Row) -> list[str]:
     ten = with_interval(row.mean_of_last_10, row.low_of_last_10, row.high_of_last_10)
     low, high = row.difference_of_last_10_low, row.difference_of_last_10_high
     difference = with_interval(row.difference_of_last_10, low, high, "+.4f")
-    return [ten, difference, _plain(row.best), _plain(row.megabytes, ".1f"), str(row.client_failures)]
+    return [ten, difference, _plain(row.best), _amount(row.megabytes), str(row.client_failures)]
 
 
 def _until_target(row: Row) -> list[str]:
     least = "" if row.reached == row.finished else "≥ "
     rounds = with_interval(row.rounds_to_target, row.rounds_to_target_low, row.rounds_to_target_high, ".1f")
-    cells = [f"{row.reached}/{row.finished}", f"{least}{rounds}", _median(row.rounds_to_target_median)]
-    cells += [f"{least}{_plain(row.megabytes_to_target, '.1f')}", _median(row.megabytes_to_target_median)]
-    return [*cells, f"{least}{_plain(row.seconds_to_target, '.1f')}", _median(row.seconds_to_target_median)]
+    cells = [f"{row.reached}/{row.finished}", f"{least}{rounds}", _amount(row.rounds_to_target_median, NOT_REACHED)]
+    cells += [f"{least}{_amount(row.megabytes_to_target)}", _amount(row.megabytes_to_target_median, NOT_REACHED)]
+    return [*cells, f"{least}{_amount(row.seconds_to_target)}", _amount(row.seconds_to_target_median, NOT_REACHED)]
 
 
 def _over_clients(row: Row) -> list[str]:
@@ -106,8 +107,9 @@ def _plain(value: float | None, form: str = ".4f") -> str:
     return "–" if value is None else f"{value:{form}}"
 
 
-def _median(value: float | None) -> str:
-    return "not reached" if value is None else f"{value:.1f}"
+def _amount(value: float | None, none: str = "–") -> str:
+    """With one decimal, small ones with three digits that count."""
+    return none if value is None else f"{value:.1f}" if value >= 10 else f"{value:.3g}"
 
 
 # --- figures ---------------------------------------------------------------------------------------------------------

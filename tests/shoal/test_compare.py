@@ -27,6 +27,7 @@ from shoal.arms import Arm, parse, read, split, written
 from shoal.comparing import _stoppable
 from shoal.grid import lay_out
 from shoal.protos.errors import ExperimentError, RunError
+from shoal.report import _amount
 from shoal.tally import Live
 
 Shoal = Callable[..., tuple[int, str, str]]
@@ -382,3 +383,10 @@ def test_a_run_is_no_comparison(experiment: Experiment, tmp_path: Path) -> None:
 
     with pytest.raises(RunError, match=r"is no comparison; read it with shoal\.Run"):
         Comparison(run.path)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(None, "–"), (1234.56, "1234.6"), (3.0, "3"), (0.0876, "0.0876"), (0.08, "0.08")]
+)
+def test_small_amounts_differ_in_what_is_shown(value: float | None, shown: str) -> None:
+    assert _amount(value) == shown
