@@ -54,13 +54,17 @@ class AppPlayer(Player):
         return None
 
     def run(self, job: Parcel, common: Parcel, seconds: float | None) -> Parcel:
-        return _parcel(answered(self._app, unwrap(job), unpack(*unwrap(common))))
+        return _parcel(answered(self._app, unwrap(job), unpack(*unwrap(common)), pack))
 
 
 def _parcel(packed: Packed) -> Parcel:
     """So that Ray, too, leaves the bytes of arrays where they are."""
     pickled, buffers = packed
     return wrap((pickled, [np.frombuffer(buffer, np.uint8) for buffer in buffers]))
+
+
+def _load(packed: Packed) -> Answer:
+    return unpack(*packed)  # type: ignore[no-any-return]
 
 
 @dataclass(eq=False)
@@ -133,7 +137,7 @@ class Cluster:
             while self._take(waiting):
                 self._begin(waiting)
                 for job, found in self._actors.wait(PULSE):
-                    give(job.answer, opened(found, job.turn))
+                    give(job.answer, opened(found, job.turn, _load))
                 self._actors.drop(lambda job: job.answer.cancelled())
         except Exception as error:  # no CPU, no cluster
             self._why = Died(str(error))
@@ -173,4 +177,4 @@ class Cluster:
         if self._why is None:
             job.answer.cancel()  # the run is over
         else:
-            give(job.answer, opened(self._why, job.turn))
+            give(job.answer, opened(self._why, job.turn, _load))

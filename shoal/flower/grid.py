@@ -125,7 +125,7 @@ class ShoalGrid(Grid):
 
     def _played(self, node: Node, pending: _Pending, playing: Future[Answer]) -> None:
         with self._lock:
-            node.busy = False
+            node.busy, pending.playing = False, None  # or both would live until somebody collects them
             if not playing.cancelled():
                 answer = playing.result()
                 if answer.state is not None:

@@ -24,7 +24,7 @@ from flwr.app import Context
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
-from shoal.client.process import cores
+from shoal.client.process import cores, keep_memory
 from shoal.flower.app import App, FlowerApp, GivenApp, Scalar, changed
 from shoal.flower.arrays import quick_arrays
 from shoal.flower.compat import SERVER, context, empty_run, identify, logging_to
@@ -34,6 +34,7 @@ from shoal.flower.ledger import Ledger
 from shoal.flower.rounds import watched
 from shoal.flower.session import EVERY, Session, read_point
 from shoal.flower.stage import InProcess, Stage, Workers
+from shoal.flower.sums import quick_sums
 from shoal.memory import memory_mb
 from shoal.progress import Display, Opening, display
 from shoal.protos import seeds
@@ -141,7 +142,9 @@ class Play:
     def ready(self) -> Iterator[tuple[ServerApp, Stage]]:
         """Both apps loaded, and what plays the clients; while it lasts, random draws are the seed's."""
         with ExitStack() as stack:
+            keep_memory()
             stack.enter_context(quick_arrays())
+            stack.enter_context(quick_sums())
             stack.enter_context(self.app.importable())
             stack.enter_context(drawing_from(seeds.integer(self.seed, "flower-server")))
             identify(self.run_id)

@@ -7,10 +7,12 @@ In this process breakpoints work. In workers an app that ends or hangs takes nob
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -18,14 +20,16 @@ from flwr.app import RecordDict
 from flwr.clientapp import ClientApp
 
 from shoal.flower.app import App
+from shoal.flower.arrays import Lent, lent_in, unpack
 from shoal.flower.arrays import pack as pack_arrays
-from shoal.flower.arrays import unpack
 from shoal.flower.compat import APP_RAISED, CRASHED, message_from
 from shoal.flower.drawing import drawing_from
 from shoal.flower.turns import Answer, Turn, copied, failed, play
+from shoal.simulations.answers import Answer as Packed
+from shoal.simulations.answers import Answers
 from shoal.simulations.crew import Crew, Died
 from shoal.simulations.packing import pack
-from shoal.simulations.shared import SharedBytes
+from shoal.simulations.shared import SharedBytes, SharedMemory
 
 __all__ = ["InProcess", "Order", "SharedContent", "Stage", "Workers", "give", "opened"]
 
@@ -95,19 +99,29 @@ class SharedContent:
 
 @dataclass(frozen=True)
 class Order:
-    """A turn, and where its content lies."""
+    """A turn, where its content lies, and memory that is lent for what it answers."""
 
     turn: Turn
     content: SharedContent
+    memory: SharedMemory | None = None
 
 
 @dataclass(eq=False)
 class _Ask:
-    """An order and its answer to come. One is ``alone`` if a process was lost that had it among others."""
+    """A turn and its answer to come. One is ``alone`` if a process was lost that had it among others.
 
-    order: Order
+    While a worker has it ``memory`` is lent for the answer's arrays.
+    """
+
+    turn: Turn
+    content: SharedContent
     answer: Future[Answer] = field(default_factory=Future)
     alone: bool = False
+    memory: SharedMemory | None = None
+
+    def order(self, memory: SharedMemory | None) -> Order:
+        self.memory = memory
+        return Order(self.turn, self.content, memory)
 
 
 class Workers:
@@ -122,6 +136,7 @@ class Workers:
         self._calls = dict[Future[Any], list[_Ask]]()
         self._bystanders, self._closed = set[Future[Any]](), False
         self._workers, self._seconds = workers, QUANTUM  # that a turn takes
+        self._answers, self._lent = Answers(), list[weakref.ref[Lent]]()
         try:
             self._crew = Crew("shoal.flower.worker", packed, workers)
         except BaseException:
@@ -129,10 +144,15 @@ class Workers:
             raise
 
     def publish(self, content: RecordDict) -> SharedContent:
+        """What is left of earlier replies gets bytes of its own: who keeps a little must not hold all their memory."""
+        with self._changing:
+            kept, self._lent = self._lent, []
+        for array in filter(None, (reference() for reference in kept)):
+            array.own()
         return SharedContent(content)
 
     def submit(self, turn: Turn, published: SharedContent) -> Future[Answer]:
-        ask = _Ask(Order(turn, published))
+        ask = _Ask(turn, published)
         with self._changing:
             self._waiting.append(ask)
         self._begin()
@@ -145,7 +165,7 @@ class Workers:
                 if not self._waiting or self._closed or len(self._calls) >= 2 * self._workers:
                     return
                 asks = self._some()
-                call = self._crew.submit([ask.order for ask in asks])
+                call = self._crew.submit([ask.order(self._answers.lend()) for ask in asks])
                 self._calls[call] = asks
             call.add_done_callback(self._done)
 
@@ -163,6 +183,8 @@ class Workers:
             asks, innocent = self._calls.pop(call), call.cancelled() or call in self._bystanders
             self._bystanders.discard(call)
             again = lost and (innocent or len(asks) > 1)
+            for ask in asks if lost else ():
+                self._answers.back(ask.memory)
             if again:
                 for ask in asks:
                     ask.alone = ask.alone or not innocent
@@ -171,8 +193,17 @@ class Workers:
                 self._seconds, found = max(1e-6, found[0] / len(asks)), found[1]
         if not again:
             for ask, answer in zip(asks, [found] * len(asks) if lost else found, strict=True):
-                give(ask.answer, opened(answer, ask.order.turn))
+                give(ask.answer, opened(answer, ask.turn, partial(self._opened, memory=ask.memory)))
         self._begin()
+
+    def _opened(self, packed: Packed, memory: SharedMemory | None) -> Answer:
+        """The answer, its large arrays in the memory that was lent. A node's state stays, so it has bytes of its own."""
+        answer: Answer = self._answers.open(packed, memory)
+        for array in lent_in(answer.state) if answer.state is not None else ():
+            array.own()
+        if answer.reply.has_content():
+            self._lent.extend(weakref.ref(array) for array in lent_in(answer.reply.content))
+        return answer
 
     def abandon(self, futures: Collection[Future[Answer]]) -> None:
         """End the processes that are busy with them; what else these were doing begins again."""
@@ -191,6 +222,7 @@ class Workers:
         self._closed = True
         self._crew.close()
         self._data.close()
+        self._answers.close()
 
 
 def give(future: Future[Answer], answer: Answer) -> None:
@@ -199,14 +231,14 @@ def give(future: Future[Answer], answer: Answer) -> None:
         future.set_result(answer)
 
 
-def opened(found: Any, turn: Turn) -> Answer:
-    """The answer in what a worker or an actor has given back, be it none."""
+def opened(found: Any, turn: Turn, load: Callable[[Any], Answer]) -> Answer:
+    """The answer that ``load`` takes out of what a worker or an actor has given back, be it none."""
     code = APP_RAISED
     if isinstance(found, Died | Exception):
         code, reason = CRASHED, f"its process was lost ({found.reason if isinstance(found, Died) else found})"
     else:
         try:
-            return cast(Answer, unpack(*found))  # of a process of our own
+            return load(found)
         except Exception as error:
             reason = f"its reply cannot be taken out of its process ({type(error).__name__}: {error})"
     return failed(message_from(turn.metadata, content=RecordDict()), reason, reason, code=code)

@@ -13,7 +13,7 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from shoal.flower.arrays import view
+from shoal.flower.arrays import bytes_of, view
 from shoal.flower.compat import APP_RAISED, message_from
 
 __all__ = ["Answer", "Turn", "copied", "failed", "play", "wrong_with"]
@@ -106,7 +106,7 @@ def copied(content: RecordDict) -> RecordDict:
 def size(content: RecordDict) -> int:
     """Bytes of the arrays in it."""
     records = [record for record in content.values() if isinstance(record, ArrayRecord)]  # flwr's own views cost more
-    return sum(len(array.data) for record in records for array in record.values())
+    return sum(len(bytes_of(array)) for record in records for array in record.values())
 
 
 def round_in(content: RecordDict) -> int | None:

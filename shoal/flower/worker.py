@@ -6,22 +6,26 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from flwr.app import RecordDict
 from flwr.clientapp import ClientApp
 
 from shoal.client.process import answers_on, jobs_on
-from shoal.flower.arrays import Packed, pack, quick_arrays
+from shoal.flower.arrays import PicklerOfArrays, quick_arrays
 from shoal.flower.compat import identify, message_from
 from shoal.flower.drawing import seed_all
 from shoal.flower.stage import Order
 from shoal.flower.turns import Turn, copied, failed, play
 from shoal.protos.errors import ExperimentError, ShoalError
+from shoal.simulations.answers import Answer, pack
 from shoal.simulations.crew import read, write
 from shoal.simulations.packing import unpack
 
 __all__ = ["answered", "loaded", "main"]
+
+T = TypeVar("T")
 
 
 def main() -> None:
@@ -40,11 +44,12 @@ def main() -> None:
                 together: list[Order] = read(orders)
             except EOFError:
                 return
-            began, found = time.perf_counter(), list[Packed]()
+            began, found = time.perf_counter(), list[Answer]()
             for order in together:
                 if order.content.path != path:
                     path, content = order.content.path, order.content.open()
-                found.append(answered(app, order.turn, content))
+                packer = partial(pack, memory=order.memory, pickler=PicklerOfArrays)
+                found.append(answered(app, order.turn, content, packer))
             write(answers, (time.perf_counter() - began, found))
 
 
@@ -67,8 +72,8 @@ def loaded(load: Callable[[], tuple[Any, int]], modules: ExitStack) -> ClientApp
         return ExperimentError(f"a worker process cannot load the ClientApp: {type(error).__name__}: {error}")
 
 
-def answered(app: ClientApp, turn: Turn, content: RecordDict) -> Packed:
-    """The answer of one turn; ``content`` stays as it is."""
+def answered(app: ClientApp, turn: Turn, content: RecordDict, pack: Callable[[object], T]) -> T:
+    """The answer of one turn, packed; ``content`` stays as it is."""
     seed_all(turn.seed)
     answer = play(app, turn, copied(content))
     try:  # here, where it can be told what is wrong with it
