@@ -10,13 +10,13 @@ import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copyreg import dispatch_table
-from functools import lru_cache, partial
+from functools import lru_cache
 from io import BytesIO
-from types import SimpleNamespace
+from math import prod
 from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, RecordDict
 
 from shoal.simulations.crew import PicklerOfTensors
 
@@ -24,9 +24,6 @@ __all__ = ["Lent", "Packed", "PicklerOfArrays", "bytes_of", "lent_in", "pack", "
 
 MAGIC = b"\x93NUMPY\x01\x00"  # of version 1.0, which NumPy takes unless a header is very long
 NUMPY = "numpy.ndarray"
-PARTS = {"array_records": ArrayRecord, "metric_records": MetricRecord, "config_records": ConfigRecord}
-_Part: Any = type(RecordDict().array_records)
-_parts_of_flwr = {name: RecordDict.__dict__[name] for name in PARTS}
 Packed = tuple[bytes, list[Any]]  # a pickle, and the bytes that it has left outside
 _numpy, _from_numpy = (Array.__dict__[name] for name in ("numpy", "from_numpy_ndarray"))
 
@@ -99,7 +96,7 @@ def view(array: Array) -> np.ndarray | None:
         return None
     start = 10 + int.from_bytes(data[8:10], "little")
     layout = _layout(bytes(data[:start]))
-    if layout is None or len(data) != start + layout[0].itemsize * int(np.prod(layout[1], dtype=np.int64)):
+    if layout is None or len(data) != start + layout[0].itemsize * prod(layout[1]):
         return None
     return np.frombuffer(data, layout[0], offset=start).reshape(layout[1])
 
@@ -117,28 +114,15 @@ def _write(cls: type[Array], ndarray: np.ndarray) -> Array:
     return Array(str(ndarray.dtype), tuple(ndarray.shape), NUMPY, data)
 
 
-def _part(kind: type, content: RecordDict) -> Any:
-    """What ``content.array_records`` is, but not in a cycle: that would hold its arrays until somebody collects them."""
-    part = _Part.__new__(_Part)
-    part.__dict__.update(RecordDict().__dict__, recorddict=content, allowed_type=kind)
-    part.__dict__["_check_value_fn"] = partial(_Part.check_value, SimpleNamespace(allowed_type=kind))
-    part.__dict__["_data"] = {name: record for name, record in content.items() if isinstance(record, kind)}
-    return part
-
-
 @contextmanager
 def quick_arrays() -> Iterator[None]:
     """Let all ``Array`` of this process read and write in this way."""
     patched: Any = Array
     patched.numpy, patched.from_numpy_ndarray = _read, classmethod(_write)
-    for name, kind in PARTS.items():
-        setattr(RecordDict, name, property(partial(_part, kind)))
     try:
         yield
     finally:
         patched.numpy, patched.from_numpy_ndarray = _numpy, _from_numpy
-        for name in PARTS:
-            setattr(RecordDict, name, _parts_of_flwr[name])
 
 
 # --- from process to process -----------------------------------------------------------------------------------------

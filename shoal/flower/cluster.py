@@ -10,7 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Collection
 from concurrent.futures import Future
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any, ClassVar
@@ -22,6 +22,7 @@ from flwr.clientapp import ClientApp
 from shoal.client.process import cores
 from shoal.flower.app import App, FlowerApp
 from shoal.flower.arrays import Packed, pack, quick_arrays, unpack
+from shoal.flower.records import quick_records
 from shoal.flower.sent import Sent
 from shoal.flower.stage import give, opened
 from shoal.flower.turns import Answer, Turn
@@ -47,6 +48,7 @@ class AppPlayer(Player):
     def prepare(self, assignment: Parcel) -> ShoalError | None:
         self._modules = ExitStack()  # open as long as the process lives
         self._modules.enter_context(quick_arrays())
+        self._modules.enter_context(quick_records())
         app = loaded(lambda: unwrap(assignment), self._modules)
         if isinstance(app, ShoalError):
             return app
@@ -116,6 +118,10 @@ class Cluster:
         if ended:
             self._give_up(job)
         return job.answer
+
+    def together(self) -> AbstractContextManager[None]:
+        """It makes no difference here."""
+        return nullcontext()
 
     def abandon(self, futures: Collection[Future[Answer]]) -> None:
         """The actors that are busy with them are ended at the next pulse, and replaced; others are left alone."""

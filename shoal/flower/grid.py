@@ -97,8 +97,9 @@ class ShoalGrid(Grid):
                 sent.append(_Pending(message, published[id(message.content)], round, client))
                 self._pending[sent[-1].message.metadata.message_id] = sent[-1]
                 node.waiting.append(sent[-1])
-        for node in nodes:
-            self._next(node)
+        with self._stage.together():
+            for node in nodes:
+                self._next(node)
         return [pending.message.metadata.message_id for pending in sent]
 
     def _node(self, message: Message) -> Node:

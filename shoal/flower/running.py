@@ -31,6 +31,7 @@ from shoal.flower.compat import SERVER, context, empty_run, identify, logging_to
 from shoal.flower.drawing import drawing_from
 from shoal.flower.grid import Nodes, ShoalGrid, node_ids
 from shoal.flower.ledger import Ledger
+from shoal.flower.records import quick_records
 from shoal.flower.rounds import watched
 from shoal.flower.session import EVERY, Session, read_point
 from shoal.flower.stage import InProcess, Stage, Workers
@@ -144,6 +145,7 @@ class Play:
         with ExitStack() as stack:
             keep_memory()
             stack.enter_context(quick_arrays())
+            stack.enter_context(quick_records())
             stack.enter_context(quick_sums())
             stack.enter_context(self.app.importable())
             stack.enter_context(drawing_from(seeds.integer(self.seed, "flower-server")))

@@ -9,8 +9,9 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from shoal.flower.app import App
 from shoal.flower.arrays import Lent, lent_in, unpack
 from shoal.flower.arrays import pack as pack_arrays
 from shoal.flower.compat import APP_RAISED, CRASHED, message_from
-from shoal.flower.drawing import drawing_from
+from shoal.flower.drawing import generators_kept, seed_all
 from shoal.flower.turns import Answer, Turn, copied, failed, play
 from shoal.simulations.answers import Answer as Packed
 from shoal.simulations.answers import Answers
@@ -34,6 +35,7 @@ from shoal.simulations.shared import SharedBytes, SharedMemory
 __all__ = ["InProcess", "Order", "SharedContent", "Stage", "Workers", "give", "opened"]
 
 QUANTUM, MOST = 0.005, 32  # seconds, and turns, of one call
+LEAST = 0.001  # seconds: a call that takes less is not worth it, even if others then wait
 
 
 class Stage(Protocol):
@@ -45,6 +47,10 @@ class Stage(Protocol):
 
     def submit(self, turn: Turn, published: Any) -> Future[Answer]:
         """The answer to come; the future is cancelled if it was abandoned."""
+        ...
+
+    def together(self) -> AbstractContextManager[None]:
+        """What is submitted meanwhile is submitted at once."""
         ...
 
     def abandon(self, futures: Collection[Future[Answer]]) -> None:
@@ -61,6 +67,7 @@ class InProcess:
 
     def __init__(self, app: ClientApp) -> None:
         self._app, self._playing = app, threading.RLock()  # a legacy server asks from many threads
+        self._together = False
 
     def publish(self, content: RecordDict) -> RecordDict:
         return content
@@ -68,10 +75,21 @@ class InProcess:
     def submit(self, turn: Turn, published: RecordDict) -> Future[Answer]:
         future = Future[Answer]()
         own = replace(turn, context=replace(turn.context, state=copied(turn.context.state)))
-        with self._playing, drawing_from(turn.seed):
+        with self.together():
+            seed_all(turn.seed)
             answer = play(self._app, own, copied(published))
         future.set_result(answer)
         return future
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """The caller's generators come back once: it takes as long as a small turn."""
+        with self._playing, ExitStack() as caller:
+            if not self._together:
+                caller.enter_context(generators_kept())
+                self._together = True
+                caller.callback(setattr, self, "_together", False)
+            yield
 
     def abandon(self, futures: Collection[Future[Answer]]) -> None:
         """There are none: a turn is over before :meth:`submit` returns."""
@@ -134,7 +152,7 @@ class Workers:
         packed, self._data = pack((app, run_id))
         self._waiting, self._changing = deque[_Ask](), threading.RLock()
         self._calls = dict[Future[Any], list[_Ask]]()
-        self._bystanders, self._closed = set[Future[Any]](), False
+        self._bystanders, self._closed, self._held = set[Future[Any]](), False, 0
         self._workers, self._seconds = workers, QUANTUM  # that a turn takes
         self._answers, self._lent = Answers(), list[weakref.ref[Lent]]()
         try:
@@ -158,11 +176,23 @@ class Workers:
         self._begin()
         return ask.answer
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """How many go in a call follows from how many wait."""
+        with self._changing:
+            self._held += 1
+        try:
+            yield
+        finally:
+            with self._changing:
+                self._held -= 1
+            self._begin()
+
     def _begin(self) -> None:
         """Give the crew what waits: one call more than a worker does at a time, so that none waits for this process."""
         while True:
             with self._changing:
-                if not self._waiting or self._closed or len(self._calls) >= 2 * self._workers:
+                if not self._waiting or self._closed or self._held or len(self._calls) >= 2 * self._workers:
                     return
                 asks = self._some()
                 call = self._crew.submit([ask.order(self._answers.lend()) for ask in asks])
@@ -170,9 +200,10 @@ class Workers:
             call.add_done_callback(self._done)
 
     def _some(self) -> list[_Ask]:
-        fair = -(-len(self._waiting) // (2 * self._workers))
+        fair = max(-(-len(self._waiting) // (2 * self._workers)), LEAST / self._seconds)
+        most = min(fair, MOST, QUANTUM / self._seconds, len(self._waiting))
         asks = [self._waiting.popleft()]
-        while len(asks) < min(fair, MOST, QUANTUM / self._seconds) and not (asks[0].alone or self._waiting[0].alone):
+        while len(asks) < most and not (asks[0].alone or self._waiting[0].alone):
             asks.append(self._waiting.popleft())
         return asks
 
@@ -199,9 +230,10 @@ class Workers:
     def _opened(self, packed: Packed, memory: SharedMemory | None) -> Answer:
         """The answer, its large arrays in the memory that was lent. A node's state stays, so it has bytes of its own."""
         answer: Answer = self._answers.open(packed, memory)
-        for array in lent_in(answer.state) if answer.state is not None else ():
-            array.own()
-        if answer.reply.has_content():
+        if packed.places and answer.state is not None:
+            for array in lent_in(answer.state):
+                array.own()
+        if packed.places and answer.reply.has_content():
             self._lent.extend(weakref.ref(array) for array in lent_in(answer.reply.content))
         return answer
 

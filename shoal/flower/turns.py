@@ -94,12 +94,11 @@ def wrong_with(reply: object, message: Message) -> str:
 
 def copied(content: RecordDict) -> RecordDict:
     """The same records in containers of their own; arrays, whose bytes nobody can change, are shared."""
-    copy = RecordDict()
+    copy = content.copy()
     for name, record in content.items():
-        fresh: Any = type(record)()
-        for key, value in record.items():
-            fresh[key] = list(value) if isinstance(value, list) else value
-        copy[name] = fresh
+        fresh = copy.__dict__["_data"][name] = record.copy()  # what was checked needs no checks
+        inside: dict[str, Any] = fresh.__dict__["_data"]
+        inside.update({key: list(value) for key, value in inside.items() if isinstance(value, list)})
     return copy
 
 

@@ -16,6 +16,7 @@ from shoal.client.process import answers_on, jobs_on
 from shoal.flower.arrays import PicklerOfArrays, quick_arrays
 from shoal.flower.compat import identify, message_from
 from shoal.flower.drawing import seed_all
+from shoal.flower.records import quick_records
 from shoal.flower.stage import Order
 from shoal.flower.turns import Turn, copied, failed, play
 from shoal.protos.errors import ExperimentError, ShoalError
@@ -33,6 +34,7 @@ def main() -> None:
     answers, orders = answers_on(), jobs_on()  # PyTorch, if the app has it, takes one thread from the environment
     with ExitStack() as modules:
         modules.enter_context(quick_arrays())
+        modules.enter_context(quick_records())
         try:
             app = loaded(lambda: unpack(orders), modules)
         except EOFError:
