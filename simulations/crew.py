@@ -119,7 +119,10 @@ class Worker:
 
 
 class Crew:
-    """A fixed number of workers with one assignment. Each takes the next order as soon as it is free."""
+    """A fixed number of workers with one assignment. Each takes the next order as soon as it is free.
+
+    They start at once, and take orders when they are :meth:`ready`.
+    """
 
     def __init__(self, program: str, assignment: bytes, workers: int) -> None:
         self._program, self._assignment = program, assignment
@@ -127,6 +130,9 @@ class Crew:
         self._changing, self._closed = threading.Lock(), False
         self._idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="shoal-worker")
+
+    def ready(self) -> None:
+        """Wait until all have taken their assignment; RunError, and no worker is left, if one cannot."""
         try:
             for worker in self._workers:
                 worker.ready()

@@ -46,6 +46,7 @@ class Pool:
         self._answers = Answers()
         try:
             self._crew = Crew("shoal.simulations.worker", packed, workers)
+            self._crew.ready()
         except BaseException:
             self._data.close()
             raise

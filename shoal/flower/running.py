@@ -150,17 +150,24 @@ class Play:
             stack.enter_context(self.app.importable())
             stack.enter_context(drawing_from(seeds.integer(self.seed, "flower-server")))
             identify(self.run_id)
-            server = self.app.server_app()
-            yield server, stack.enter_context(closing(self.stage()))
+            workers = stack.enter_context(closing(self._workers())) if self.workers and not self.on_ray else None
+            server = self.app.server_app()  # while they start
+            if workers is None:
+                yield server, stack.enter_context(closing(self.stage()))
+            else:
+                workers.ready()
+                yield server, workers
+
+    def _workers(self) -> Workers:
+        assert self.workers
+        return Workers(self.app, self.run_id, min(self.workers, self.nodes))
 
     def stage(self) -> Stage:
-        """What plays the clients."""
+        """What plays the clients, where no processes of this machine do."""
         if self.on_ray:
             from shoal.flower.cluster import Cluster
 
             return Cluster(self.app, self.run_id, self.workers and min(self.workers, self.nodes), self.ray_address)
-        if self.workers:
-            return Workers(self.app, self.run_id, min(self.workers, self.nodes))
         return InProcess(self.app.client_app())
 
     def execution(self, folder: RunFolder, show: Display, server: ServerApp, stage: Stage) -> Execution:

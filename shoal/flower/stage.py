@@ -6,15 +6,18 @@ In this process breakpoints work. In workers an app that ends or hangs takes nob
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from importlib.abc import MetaPathFinder
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol, cast
 
 from flwr.app import RecordDict
@@ -155,11 +158,14 @@ class Workers:
         self._bystanders, self._closed, self._held = set[Future[Any]](), False, 0
         self._workers, self._seconds = workers, QUANTUM  # that a turn takes
         self._answers, self._lent = Answers(), list[weakref.ref[Lent]]()
-        try:
-            self._crew = Crew("shoal.flower.worker", packed, workers)
-        except BaseException:
-            self._data.close()
-            raise
+        self._crew = Crew("shoal.flower.worker", packed, workers)
+        self._herald = _Herald(self._crew, workers)
+
+    def ready(self) -> None:
+        """Wait until all processes have the app; ExperimentError says why one cannot load it."""
+        self._crew.ready()
+        if "torch" not in sys.modules:
+            sys.meta_path.insert(0, self._herald)
 
     def publish(self, content: RecordDict) -> SharedContent:
         """What is left of earlier replies gets bytes of its own: who keeps a little must not hold all their memory."""
@@ -228,7 +234,7 @@ class Workers:
         self._begin()
 
     def _opened(self, packed: Packed, memory: SharedMemory | None) -> Answer:
-        """The answer, its large arrays in the memory that was lent. A node's state stays, so it has bytes of its own."""
+        """The answer, large arrays in the memory that was lent; but a node's state stays, and has bytes of its own."""
         answer: Answer = self._answers.open(packed, memory)
         if packed.places and answer.state is not None:
             for array in lent_in(answer.state):
@@ -252,9 +258,27 @@ class Workers:
 
     def close(self) -> None:
         self._closed = True
+        self._herald.rest()
         self._crew.close()
         self._data.close()
         self._answers.close()
+
+
+class _Herald(MetaPathFinder):
+    """When this process begins to import PyTorch, its workers begin, too: they will hardly do without."""
+
+    def __init__(self, crew: Crew, workers: int) -> None:
+        self._crew, self._workers = crew, workers
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> None:
+        if name == "torch":
+            self.rest()
+            for _ in range(self._workers):
+                self._crew.submit(name)
+
+    def rest(self) -> None:
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
 
 
 def give(future: Future[Answer], answer: Answer) -> None:

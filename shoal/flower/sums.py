@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -51,18 +50,17 @@ def _first_metrics(content: RecordDict) -> MetricRecord:
 
 
 def _sum(arrays: Sequence[Array], factors: Sequence[float]) -> np.ndarray:
-    views = [view(array) for array in arrays]
-    total: Any
-    if any(a is None or b is None or (a.dtype, a.shape) != (b.dtype, b.shape) for a, b in pairwise([*views, views[0]])):
-        total = arrays[0].numpy() * factors[0]
+    views = [found for array in arrays if (found := view(array)) is not None]
+    if len(views) < len(arrays) or len({(found.dtype, found.shape) for found in views}) > 1:
+        whole: Any = arrays[0].numpy() * factors[0]
         for array, factor in zip(arrays[1:], factors[1:], strict=True):
-            total += array.numpy() * factor
-        return np.asarray(total)
-    first, *others = (found.reshape(-1) for found in views if found is not None)
+            whole += array.numpy() * factor
+        return np.asarray(whole)
+    first, *others = (found.reshape(-1) for found in views)
     total = np.empty(first.shape, (first[:0] * factors[0]).dtype)
     for start in range(0, len(total), PIECE):
         piece = slice(start, start + PIECE)
         np.multiply(first[piece], factors[0], out=total[piece])
         for other, factor in zip(others, factors[1:], strict=True):
             total[piece] += other[piece] * factor
-    return total.reshape(views[0].shape)  # type: ignore[union-attr]
+    return total.reshape(views[0].shape)

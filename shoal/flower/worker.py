@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
+from importlib import import_module
 from typing import Any, TypeVar
 
 from flwr.app import RecordDict
@@ -19,6 +20,7 @@ from shoal.flower.drawing import seed_all
 from shoal.flower.records import quick_records
 from shoal.flower.stage import Order
 from shoal.flower.turns import Turn, copied, failed, play
+from shoal.flower.uncompiled import compiler_later
 from shoal.protos.errors import ExperimentError, ShoalError
 from shoal.simulations.answers import Answer, pack
 from shoal.simulations.crew import read, write
@@ -32,6 +34,7 @@ T = TypeVar("T")
 def main() -> None:
     """Load the app, then answer orders until the other side is gone."""
     answers, orders = answers_on(), jobs_on()  # PyTorch, if the app has it, takes one thread from the environment
+    compiler_later()
     with ExitStack() as modules:
         modules.enter_context(quick_arrays())
         modules.enter_context(quick_records())
@@ -43,9 +46,14 @@ def main() -> None:
         path, content = None, RecordDict()  # what was sent last, often to many nodes
         while isinstance(app, ClientApp):
             try:
-                together: list[Order] = read(orders)
+                together: list[Order] | str = read(orders)
             except EOFError:
                 return
+            if isinstance(together, str):  # a module that turns will hardly do without
+                with suppress(ImportError):
+                    import_module(together)
+                write(answers, None)
+                continue
             began, found = time.perf_counter(), list[Answer]()
             for order in together:
                 if order.content.path != path:

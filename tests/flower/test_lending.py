@@ -62,7 +62,9 @@ def ask() -> Iterator[Asker]:
     with ExitStack() as stack:
         stack.enter_context(quick_arrays())
         stack.enter_context(quick_records())
-        yield Asker(stack.enter_context(closing(Workers(GivenApp(None, app), 1, 1))))
+        stage = stack.enter_context(closing(Workers(GivenApp(None, app), 1, 1)))
+        stage.ready()
+        yield Asker(stage)
 
 
 def memory(arrays: Any) -> int:

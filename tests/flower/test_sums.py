@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
@@ -11,7 +13,8 @@ from shoal.flower import sums
 from shoal.flower.sums import quick_sums
 
 SHAPES = [(5,), (2, 3), (), (0, 4), (70_000,)]
-flwrs = fedavg.aggregate_arrayrecords
+where: Any = fedavg
+flwrs = where.aggregate_arrayrecords
 
 
 def replies(arrays: list[np.ndarray], weights: list[float]) -> list[RecordDict]:
@@ -28,9 +31,9 @@ def test_it_is_flwrs_to_the_bit(dtype: str, shape: tuple[int, ...]) -> None:
     given = replies([np.asarray(rng.normal(size=shape) * 3).astype(dtype) for _ in range(4)], [1, 2.5, 3, 0.1])
     expected = flwrs(given, "n")["w"]
     with quick_sums():
-        found = fedavg.aggregate_arrayrecords(given, "n")["w"]
+        found = where.aggregate_arrayrecords(given, "n")["w"]
 
-    assert fedavg.aggregate_arrayrecords is flwrs
+    assert where.aggregate_arrayrecords is flwrs
     assert found == expected
 
 
