@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import pickle
+import weakref
 from collections.abc import Iterator, Mapping
 
 import pytest
 import torch
 
-from shoal.simulations.answers import Answers, pack
+from shoal.simulations.answers import MOST, Answers, pack
+from shoal.simulations.shared import SharedMemory
 
 
 @pytest.fixture
@@ -68,3 +73,51 @@ def test_memory_of_a_lost_worker_is_lent_again(answers: Answers) -> None:
     lent = answers.lend()
     answers.back(lent)
     assert answers.lend() is lent
+
+
+def test_where_there_is_no_memory_the_answer_goes_with_the_message(
+    answers: Answers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers.open(pack(draw(0), None), None)
+
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    assert answers.lend() is None
+    assert same(answers.open(pack(draw(1), None), None), draw(1))
+    monkeypatch.undo()
+    assert answers.lend() is not None
+
+
+def test_no_more_is_lent_than_there_may_be_open_files(answers: Answers) -> None:
+    answers.open(pack({"a": torch.ones(9000)}, None), None)
+    lent = [answers.lend() for _ in range(MOST + 1)]
+
+    assert lent[-1] is None and len({memory.path for memory in lent if memory is not None}) == MOST
+    answers.back(lent[0])
+    assert answers.lend() is lent[0]
+
+
+def test_memory_that_has_become_too_small_is_given_up(answers: Answers) -> None:
+    answers.open(pack({"a": torch.ones(9000)}, None), None)
+    small = answers.lend()
+    assert small is not None
+    answers.open(pack({"a": torch.ones(18000)}, None), None)
+    answers.back(small)
+
+    assert not small.path.exists() and answers.lend() is not small
+
+
+def test_a_process_attaches_once_and_lets_go_of_what_is_gone() -> None:
+    first, second = SharedMemory(100), SharedMemory(100)
+    attached = pickle.loads(pickle.dumps(first))
+    first.array()[:] = 7
+    assert attached is not first and attached is pickle.loads(pickle.dumps(first)) and (attached.array() == 7).all()
+
+    gone = weakref.ref(attached)
+    del attached
+    first.close()
+    assert gone() is not None
+    pickle.loads(pickle.dumps(second))
+    assert gone() is None
