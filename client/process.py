@@ -6,6 +6,7 @@ script again).
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import sys
@@ -15,11 +16,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ["answer_jobs", "answers_on", "command", "cores", "end_with", "environment", "fate", "jobs_on"]
+__all__ = ["answer_jobs", "answers_on", "command", "cores", "end_with", "environment", "fate", "jobs_on", "keep_memory"]
 
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 # glibc gives large blocks back to the system and faults them in again at every step; other systems ignore these names.
-KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**28), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
+MMAP_THRESHOLD, TRIM_THRESHOLD = 2**28, 2**30  # bytes: that a block must have to be given back, and that are kept
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(MMAP_THRESHOLD), "MALLOC_TRIM_THRESHOLD_": str(TRIM_THRESHOLD)}
 
 
 def cores() -> int:
@@ -39,6 +41,13 @@ def command(module: str) -> list[str]:
 def environment() -> dict[str, str]:
     """The environment of a process that computes on one core."""
     return os.environ | ONE_THREAD | KEEP_MEMORY
+
+
+def keep_memory() -> None:
+    """Let this process keep the memory that it frees, as those do that it starts."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):  # other C libraries have none
+        libc.mallopt(-3, MMAP_THRESHOLD)  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
+        libc.mallopt(-1, TRIM_THRESHOLD)
 
 
 def answers_on() -> IO[bytes]:

@@ -35,6 +35,7 @@ def make(cells: Sequence[Cell], store: Path, engine: str, workers: int, show: Ta
         for number, cell in enumerate(cells)
     }
     with closing(block), closing(Crew("shoal.cell", packed, at_once)) as crew:
+        crew.ready()
         yield from _answers(crew, orders, at_once, show)
 
 

@@ -12,6 +12,7 @@ import queue
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any, cast
@@ -36,10 +37,12 @@ def _reduce(tensor: Tensor) -> tuple[Any, ...]:
 class PicklerOfTensors(pickle.Pickler):
     """Tensors as arrays: torch's own pickling of a tensor costs more than training a small client."""
 
-    def __init__(self, file: IO[bytes], protocol: int) -> None:
+    def __init__(
+        self, file: IO[bytes], protocol: int, buffer_callback: Callable[[pickle.PickleBuffer], Any] | None = None
+    ) -> None:
         torch = sys.modules.get("torch")  # where nobody has imported it there are no tensors
-        self.dispatch_table = {} if torch is None else {torch.Tensor: _reduce}
-        super().__init__(file, protocol)
+        self.dispatch_table: dict[type, Callable[[Any], Any]] = {} if torch is None else {torch.Tensor: _reduce}
+        super().__init__(file, protocol, buffer_callback=buffer_callback)
 
 
 def write(file: IO[bytes], message: object) -> None:
@@ -116,7 +119,10 @@ class Worker:
 
 
 class Crew:
-    """A fixed number of workers with one assignment. Each takes the next order as soon as it is free."""
+    """A fixed number of workers with one assignment. Each takes the next order as soon as it is free.
+
+    They start at once, and take orders when they are :meth:`ready`.
+    """
 
     def __init__(self, program: str, assignment: bytes, workers: int) -> None:
         self._program, self._assignment = program, assignment
@@ -124,6 +130,9 @@ class Crew:
         self._changing, self._closed = threading.Lock(), False
         self._idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="shoal-worker")
+
+    def ready(self) -> None:
+        """Wait until all have taken their assignment; RunError, and no worker is left, if one cannot."""
         try:
             for worker in self._workers:
                 worker.ready()

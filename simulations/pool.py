@@ -17,7 +17,7 @@ from shoal.simulations.answers import Answers
 from shoal.simulations.crew import Crew, Died
 from shoal.simulations.engine import Assignment, Job, Result
 from shoal.simulations.packing import pack
-from shoal.simulations.shared import SharedBlock
+from shoal.simulations.shared import SharedBlock, SharedMemory
 from shoal.strategies.base import State
 from shoal.strategies.sums import Carried
 
@@ -34,7 +34,7 @@ class Order:
     block: SharedBlock
     numbers: dict[str, float]
     seconds: float | None = None
-    answer: SharedBlock | None = None
+    answer: SharedMemory | None = None
 
 
 class Pool:
@@ -46,6 +46,7 @@ class Pool:
         self._answers = Answers()
         try:
             self._crew = Crew("shoal.simulations.worker", packed, workers)
+            self._crew.ready()
         except BaseException:
             self._data.close()
             raise
@@ -55,7 +56,7 @@ class Pool:
         """Each job's result as it comes. A worker busy well beyond the deadline is killed and replaced."""
         numbers = self._publish(state, carried)
         assert self._block is not None
-        waiting, running, overdue = deque(jobs), dict[Future[Any], tuple[Job, SharedBlock | None]](), False
+        waiting, running, overdue = deque(jobs), dict[Future[Any], tuple[Job, SharedMemory | None]](), False
         # One more than a worker does at a time, so that none waits for this process; but not under a deadline, where
         # a job that has not begun is nobody's fault.
         most = self.workers * (2 if all(job.ends is None for job in jobs) else 1)
@@ -82,7 +83,7 @@ class Pool:
             self._crew.kill_busy()  # the caller has lost interest: nothing may linger on an old round
             raise
 
-    def _opened(self, answer: Any, lent: SharedBlock | None) -> Result | Died:
+    def _opened(self, answer: Any, lent: SharedMemory | None) -> Result | Died:
         if isinstance(answer, Died):
             self._answers.back(lent)
             return answer

@@ -7,6 +7,7 @@ block, and what a killed run left behind is swept away by the next one.
 from __future__ import annotations
 
 import math
+import mmap
 import os
 import shutil
 import tempfile
@@ -14,6 +15,8 @@ import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from shoal.protos.errors import RunError
 
@@ -23,10 +26,12 @@ if TYPE_CHECKING:  # whoever has no tensors shall not wait for PyTorch
 
     Specs = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
-__all__ = ["SharedBlock", "SharedBytes", "alive"]
+__all__ = ["SharedBlock", "SharedBytes", "SharedMemory", "alive"]
 
 ALIGN = 64  # bytes: a cache line, so that no vector load of a tensor straddles another one
 PREFIX = "shoal-"
+# Who attaches to memory maps all of it at once, where the system can: page by page costs more than writing to it.
+AT_ONCE = {"flags": mmap.MAP_SHARED | mmap.MAP_POPULATE} if hasattr(mmap, "MAP_POPULATE") else {}
 
 
 class SharedBlock:
@@ -75,6 +80,44 @@ class SharedBlock:
 
     def __reduce__(self) -> tuple[type[SharedBlock], tuple[Specs, Path]]:
         return SharedBlock, (self.specs, self.path)
+
+
+class SharedMemory:
+    """Bytes over one mapping, for whoever can do without PyTorch. Unpickling it elsewhere attaches to the same memory.
+
+    A process attaches to it once. OSError if there is not so much memory: who writes to a file without room is killed.
+    """
+
+    def __init__(self, size: int, path: Path | None = None) -> None:
+        self.size, self.path = size, path or _new_file(size)
+        if path is None:
+            self._remove = weakref.finalize(self, _unlink, self.path)
+        with self.path.open("r+b") as file:
+            if path is None and hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+            self._map = mmap.mmap(file.fileno(), size, **(AT_ONCE if path else {}))
+
+    def array(self) -> np.ndarray:
+        """``[size]`` bytes; each time another array, which lives as long as any view of it."""
+        return np.frombuffer(self._map, np.uint8)
+
+    def close(self) -> None:
+        """Remove the file now; mappings stay valid until their processes drop them."""
+        self._remove()
+
+    def __reduce__(self) -> tuple[Any, tuple[int, Path]]:
+        return _attached, (self.size, self.path)
+
+
+_attachments: dict[Path, SharedMemory] = {}
+
+
+def _attached(size: int, path: Path) -> SharedMemory:
+    if path not in _attachments:
+        for gone in [known for known in _attachments if not known.exists()]:
+            del _attachments[gone]
+        _attachments[path] = SharedMemory(size, path)
+    return _attachments[path]
 
 
 class SharedBytes:

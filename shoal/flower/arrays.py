@@ -12,12 +12,15 @@ from contextlib import contextmanager
 from copyreg import dispatch_table
 from functools import lru_cache
 from io import BytesIO
+from math import prod
 from typing import Any
 
 import numpy as np
-from flwr.app import Array
+from flwr.app import Array, ArrayRecord, RecordDict
 
-__all__ = ["Packed", "pack", "quick_arrays", "unpack", "view"]
+from shoal.simulations.crew import PicklerOfTensors
+
+__all__ = ["Lent", "Packed", "PicklerOfArrays", "bytes_of", "lent_in", "pack", "quick_arrays", "unpack", "view"]
 
 MAGIC = b"\x93NUMPY\x01\x00"  # of version 1.0, which NumPy takes unless a header is very long
 NUMPY = "numpy.ndarray"
@@ -44,14 +47,56 @@ def _header(dtype: str, shape: tuple[int, ...]) -> bytes:
     return file.getvalue()
 
 
+class Lent(Array):
+    """An array over memory that somebody lends, until its bytes are asked for: then it has its own."""
+
+    __qualname__ = "Array"  # what flwr writes of it
+
+    def __init__(self, dtype: str, shape: tuple[int, ...], stype: str, memory: np.ndarray) -> None:
+        self.__dict__.update(dtype=dtype, shape=shape, stype=stype, _memory=memory)
+
+    def __getattr__(self, name: str) -> Any:
+        """``data``, as long as nobody has asked for it or set it."""
+        if name != "data":
+            raise AttributeError(name)
+        self.own()
+        return self.__dict__["data"]
+
+    def own(self) -> None:
+        """From now on it has bytes of its own."""
+        memory = self.__dict__["_memory"]
+        if "data" not in self.__dict__:  # nobody has set it
+            self.__dict__["data"] = memory.tobytes()
+        self.__dict__["_memory"] = None
+
+    def __eq__(self, other: object) -> bool:
+        fields = ("dtype", "shape", "stype", "data")
+        return isinstance(other, Array) and all(getattr(self, field) == getattr(other, field) for field in fields)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Array, (self.dtype, self.shape, self.stype, self.data)
+
+
+def bytes_of(array: Array) -> Any:
+    """``array.data``, without a copy: ``bytes``, or the memory that is lent."""
+    memory = array.__dict__.get("_memory")  # first: once that is gone there is data
+    return array.__dict__.get("data", memory)
+
+
+def lent_in(content: RecordDict) -> list[Lent]:
+    """Arrays among these records that have no bytes of their own."""
+    records = [record for record in content.values() if isinstance(record, ArrayRecord)]
+    return [array for record in records for array in record.values() if isinstance(array, Lent)]
+
+
 def view(array: Array) -> np.ndarray | None:
     """The array over its own bytes, not to be written to; None if :meth:`Array.numpy` must read them."""
-    data = array.data
-    if array.stype != NUMPY or data[:8] != MAGIC:
+    data = bytes_of(array)
+    if array.stype != NUMPY or bytes(data[:8]) != MAGIC:
         return None
     start = 10 + int.from_bytes(data[8:10], "little")
-    layout = _layout(data[:start])
-    if layout is None or len(data) != start + layout[0].itemsize * int(np.prod(layout[1], dtype=np.int64)):
+    layout = _layout(bytes(data[:start]))
+    if layout is None or len(data) != start + layout[0].itemsize * prod(layout[1]):
         return None
     return np.frombuffer(data, layout[0], offset=start).reshape(layout[1])
 
@@ -87,14 +132,31 @@ def _made(dtype: str, shape: tuple[int, ...], stype: str, data: Any) -> Array:
     return Array(dtype, shape, stype, data if type(data) is bytes else bytes(data))
 
 
+def _lent(dtype: str, shape: tuple[int, ...], stype: str, data: Any) -> Array:
+    kind: Any = Array if type(data) is bytes else Lent
+    return kind(dtype, shape, stype, data if kind is Array else np.frombuffer(data, np.uint8))  # type: ignore[no-any-return]
+
+
+def _parts(array: Array) -> tuple[Any, ...]:
+    return array.dtype, array.shape, array.stype, pickle.PickleBuffer(bytes_of(array))
+
+
 def _reduce(array: Array) -> tuple[Any, ...]:
-    return _made, (array.dtype, array.shape, array.stype, pickle.PickleBuffer(array.data))
+    return _made, _parts(array)
 
 
 class _Pickler(pickle.Pickler):
     """Leaves the bytes of arrays outside."""
 
-    dispatch_table = {**dispatch_table, Array: _reduce}  # noqa: RUF012  (pickle reads it from the class)
+    dispatch_table = {**dispatch_table, Array: _reduce, Lent: _reduce}  # noqa: RUF012  (pickle reads it from the class)
+
+
+class PicklerOfArrays(PicklerOfTensors):
+    """For answers in memory that is lent: there arrays are :class:`Lent`."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.dispatch_table |= {Array: lambda array: (_lent, _parts(array))}
 
 
 def pack(thing: object) -> Packed:

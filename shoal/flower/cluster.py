@@ -10,7 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Collection
 from concurrent.futures import Future
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any, ClassVar
@@ -22,6 +22,7 @@ from flwr.clientapp import ClientApp
 from shoal.client.process import cores
 from shoal.flower.app import App, FlowerApp
 from shoal.flower.arrays import Packed, pack, quick_arrays, unpack
+from shoal.flower.records import quick_records
 from shoal.flower.sent import Sent
 from shoal.flower.stage import give, opened
 from shoal.flower.turns import Answer, Turn
@@ -47,6 +48,7 @@ class AppPlayer(Player):
     def prepare(self, assignment: Parcel) -> ShoalError | None:
         self._modules = ExitStack()  # open as long as the process lives
         self._modules.enter_context(quick_arrays())
+        self._modules.enter_context(quick_records())
         app = loaded(lambda: unwrap(assignment), self._modules)
         if isinstance(app, ShoalError):
             return app
@@ -54,13 +56,17 @@ class AppPlayer(Player):
         return None
 
     def run(self, job: Parcel, common: Parcel, seconds: float | None) -> Parcel:
-        return _parcel(answered(self._app, unwrap(job), unpack(*unwrap(common))))
+        return _parcel(answered(self._app, unwrap(job), unpack(*unwrap(common)), pack))
 
 
 def _parcel(packed: Packed) -> Parcel:
     """So that Ray, too, leaves the bytes of arrays where they are."""
     pickled, buffers = packed
     return wrap((pickled, [np.frombuffer(buffer, np.uint8) for buffer in buffers]))
+
+
+def _load(packed: Packed) -> Answer:
+    return unpack(*packed)  # type: ignore[no-any-return]
 
 
 @dataclass(eq=False)
@@ -113,6 +119,10 @@ class Cluster:
             self._give_up(job)
         return job.answer
 
+    def together(self) -> AbstractContextManager[None]:
+        """It makes no difference here."""
+        return nullcontext()
+
     def abandon(self, futures: Collection[Future[Answer]]) -> None:
         """The actors that are busy with them are ended at the next pulse, and replaced; others are left alone."""
         for future in futures:
@@ -133,7 +143,7 @@ class Cluster:
             while self._take(waiting):
                 self._begin(waiting)
                 for job, found in self._actors.wait(PULSE):
-                    give(job.answer, opened(found, job.turn))
+                    give(job.answer, opened(found, job.turn, _load))
                 self._actors.drop(lambda job: job.answer.cancelled())
         except Exception as error:  # no CPU, no cluster
             self._why = Died(str(error))
@@ -173,4 +183,4 @@ class Cluster:
         if self._why is None:
             job.answer.cancel()  # the run is over
         else:
-            give(job.answer, opened(self._why, job.turn))
+            give(job.answer, opened(self._why, job.turn, _load))

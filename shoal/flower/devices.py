@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -150,6 +150,10 @@ class Devices:
         self.serving.hub.ask(order, [call])
         if before is not None:
             self.serving.hub.end(before, OVER)
+
+    def together(self) -> AbstractContextManager[None]:
+        """It makes no difference here."""
+        return nullcontext()
 
     def abandon(self, futures: Collection[Future[Answer]]) -> None:
         """Withdraw these messages: a device ends the process that is busy with one."""

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["drawing_from", "seed_all"]
+__all__ = ["drawing_from", "generators_kept", "seed_all"]
 
 
 class _Later(MetaPathFinder):
@@ -74,9 +74,16 @@ def seed_all(seed: int) -> None:
 @contextmanager
 def drawing_from(seed: int) -> Iterator[None]:
     """Generators seeded for a while, and back as they were afterwards."""
+    with generators_kept():
+        seed_all(seed)
+        yield
+
+
+@contextmanager
+def generators_kept() -> Iterator[None]:
+    """Generators may be seeded and drawn from for a while; they are back as they were afterwards."""
     torch = sys.modules.get("torch")
     before = random.getstate(), np.random.get_state(), _later.seed if torch is None else torch.get_rng_state()
-    seed_all(seed)
     try:
         yield
     finally:

@@ -97,8 +97,9 @@ class ShoalGrid(Grid):
                 sent.append(_Pending(message, published[id(message.content)], round, client))
                 self._pending[sent[-1].message.metadata.message_id] = sent[-1]
                 node.waiting.append(sent[-1])
-        for node in nodes:
-            self._next(node)
+        with self._stage.together():
+            for node in nodes:
+                self._next(node)
         return [pending.message.metadata.message_id for pending in sent]
 
     def _node(self, message: Message) -> Node:
@@ -125,7 +126,7 @@ class ShoalGrid(Grid):
 
     def _played(self, node: Node, pending: _Pending, playing: Future[Answer]) -> None:
         with self._lock:
-            node.busy = False
+            node.busy, pending.playing = False, None  # or both would live until somebody collects them
             if not playing.cancelled():
                 answer = playing.result()
                 if answer.state is not None:

@@ -24,16 +24,18 @@ from flwr.app import Context
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
-from shoal.client.process import cores
+from shoal.client.process import cores, keep_memory
 from shoal.flower.app import App, FlowerApp, GivenApp, Scalar, changed
 from shoal.flower.arrays import quick_arrays
 from shoal.flower.compat import SERVER, context, empty_run, identify, logging_to
 from shoal.flower.drawing import drawing_from
 from shoal.flower.grid import Nodes, ShoalGrid, node_ids
 from shoal.flower.ledger import Ledger
+from shoal.flower.records import quick_records
 from shoal.flower.rounds import watched
 from shoal.flower.session import EVERY, Session, read_point
 from shoal.flower.stage import InProcess, Stage, Workers
+from shoal.flower.sums import quick_sums
 from shoal.memory import memory_mb
 from shoal.progress import Display, Opening, display
 from shoal.protos import seeds
@@ -141,21 +143,31 @@ class Play:
     def ready(self) -> Iterator[tuple[ServerApp, Stage]]:
         """Both apps loaded, and what plays the clients; while it lasts, random draws are the seed's."""
         with ExitStack() as stack:
+            keep_memory()
             stack.enter_context(quick_arrays())
+            stack.enter_context(quick_records())
+            stack.enter_context(quick_sums())
             stack.enter_context(self.app.importable())
             stack.enter_context(drawing_from(seeds.integer(self.seed, "flower-server")))
             identify(self.run_id)
-            server = self.app.server_app()
-            yield server, stack.enter_context(closing(self.stage()))
+            workers = stack.enter_context(closing(self._workers())) if self.workers and not self.on_ray else None
+            server = self.app.server_app()  # while they start
+            if workers is None:
+                yield server, stack.enter_context(closing(self.stage()))
+            else:
+                workers.ready()
+                yield server, workers
+
+    def _workers(self) -> Workers:
+        assert self.workers
+        return Workers(self.app, self.run_id, min(self.workers, self.nodes))
 
     def stage(self) -> Stage:
-        """What plays the clients."""
+        """What plays the clients, where no processes of this machine do."""
         if self.on_ray:
             from shoal.flower.cluster import Cluster
 
             return Cluster(self.app, self.run_id, self.workers and min(self.workers, self.nodes), self.ray_address)
-        if self.workers:
-            return Workers(self.app, self.run_id, min(self.workers, self.nodes))
         return InProcess(self.app.client_app())
 
     def execution(self, folder: RunFolder, show: Display, server: ServerApp, stage: Stage) -> Execution:

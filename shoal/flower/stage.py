@@ -6,30 +6,39 @@ In this process breakpoints work. In workers an app that ends or hangs takes nob
 
 from __future__ import annotations
 
+import sys
 import threading
+import weakref
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
+from importlib.abc import MetaPathFinder
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol, cast
 
 from flwr.app import RecordDict
 from flwr.clientapp import ClientApp
 
 from shoal.flower.app import App
+from shoal.flower.arrays import Lent, lent_in, unpack
 from shoal.flower.arrays import pack as pack_arrays
-from shoal.flower.arrays import unpack
 from shoal.flower.compat import APP_RAISED, CRASHED, message_from
-from shoal.flower.drawing import drawing_from
+from shoal.flower.drawing import generators_kept, seed_all
 from shoal.flower.turns import Answer, Turn, copied, failed, play
+from shoal.simulations.answers import Answer as Packed
+from shoal.simulations.answers import Answers
 from shoal.simulations.crew import Crew, Died
 from shoal.simulations.packing import pack
-from shoal.simulations.shared import SharedBytes
+from shoal.simulations.shared import SharedBytes, SharedMemory
 
 __all__ = ["InProcess", "Order", "SharedContent", "Stage", "Workers", "give", "opened"]
 
 QUANTUM, MOST = 0.005, 32  # seconds, and turns, of one call
+LEAST = 0.001  # seconds: a call that takes less is not worth it, even if others then wait
 
 
 class Stage(Protocol):
@@ -41,6 +50,10 @@ class Stage(Protocol):
 
     def submit(self, turn: Turn, published: Any) -> Future[Answer]:
         """The answer to come; the future is cancelled if it was abandoned."""
+        ...
+
+    def together(self) -> AbstractContextManager[None]:
+        """What is submitted meanwhile is submitted at once."""
         ...
 
     def abandon(self, futures: Collection[Future[Answer]]) -> None:
@@ -57,6 +70,7 @@ class InProcess:
 
     def __init__(self, app: ClientApp) -> None:
         self._app, self._playing = app, threading.RLock()  # a legacy server asks from many threads
+        self._together = False
 
     def publish(self, content: RecordDict) -> RecordDict:
         return content
@@ -64,10 +78,21 @@ class InProcess:
     def submit(self, turn: Turn, published: RecordDict) -> Future[Answer]:
         future = Future[Answer]()
         own = replace(turn, context=replace(turn.context, state=copied(turn.context.state)))
-        with self._playing, drawing_from(turn.seed):
+        with self.together():
+            seed_all(turn.seed)
             answer = play(self._app, own, copied(published))
         future.set_result(answer)
         return future
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """The caller's generators come back once: it takes as long as a small turn."""
+        with self._playing, ExitStack() as caller:
+            if not self._together:
+                caller.enter_context(generators_kept())
+                self._together = True
+                caller.callback(setattr, self, "_together", False)
+            yield
 
     def abandon(self, futures: Collection[Future[Answer]]) -> None:
         """There are none: a turn is over before :meth:`submit` returns."""
@@ -95,19 +120,29 @@ class SharedContent:
 
 @dataclass(frozen=True)
 class Order:
-    """A turn, and where its content lies."""
+    """A turn, where its content lies, and memory that is lent for what it answers."""
 
     turn: Turn
     content: SharedContent
+    memory: SharedMemory | None = None
 
 
 @dataclass(eq=False)
 class _Ask:
-    """An order and its answer to come. One is ``alone`` if a process was lost that had it among others."""
+    """A turn and its answer to come. One is ``alone`` if a process was lost that had it among others.
 
-    order: Order
+    While a worker has it ``memory`` is lent for the answer's arrays.
+    """
+
+    turn: Turn
+    content: SharedContent
     answer: Future[Answer] = field(default_factory=Future)
     alone: bool = False
+    memory: SharedMemory | None = None
+
+    def order(self, memory: SharedMemory | None) -> Order:
+        self.memory = memory
+        return Order(self.turn, self.content, memory)
 
 
 class Workers:
@@ -120,39 +155,61 @@ class Workers:
         packed, self._data = pack((app, run_id))
         self._waiting, self._changing = deque[_Ask](), threading.RLock()
         self._calls = dict[Future[Any], list[_Ask]]()
-        self._bystanders, self._closed = set[Future[Any]](), False
+        self._bystanders, self._closed, self._held = set[Future[Any]](), False, 0
         self._workers, self._seconds = workers, QUANTUM  # that a turn takes
-        try:
-            self._crew = Crew("shoal.flower.worker", packed, workers)
-        except BaseException:
-            self._data.close()
-            raise
+        self._answers, self._lent = Answers(), list[weakref.ref[Lent]]()
+        self._crew = Crew("shoal.flower.worker", packed, workers)
+        self._herald = _Herald(self._crew, workers)
+
+    def ready(self) -> None:
+        """Wait until all processes have the app; ExperimentError says why one cannot load it."""
+        self._crew.ready()
+        if "torch" not in sys.modules:
+            sys.meta_path.insert(0, self._herald)
 
     def publish(self, content: RecordDict) -> SharedContent:
+        """What is left of earlier replies gets bytes of its own: who keeps a little must not hold all their memory."""
+        with self._changing:
+            kept, self._lent = self._lent, []
+        for array in filter(None, (reference() for reference in kept)):
+            array.own()
         return SharedContent(content)
 
     def submit(self, turn: Turn, published: SharedContent) -> Future[Answer]:
-        ask = _Ask(Order(turn, published))
+        ask = _Ask(turn, published)
         with self._changing:
             self._waiting.append(ask)
         self._begin()
         return ask.answer
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """How many go in a call follows from how many wait."""
+        with self._changing:
+            self._held += 1
+        try:
+            yield
+        finally:
+            with self._changing:
+                self._held -= 1
+            self._begin()
+
     def _begin(self) -> None:
         """Give the crew what waits: one call more than a worker does at a time, so that none waits for this process."""
         while True:
             with self._changing:
-                if not self._waiting or self._closed or len(self._calls) >= 2 * self._workers:
+                if not self._waiting or self._closed or self._held or len(self._calls) >= 2 * self._workers:
                     return
                 asks = self._some()
-                call = self._crew.submit([ask.order for ask in asks])
+                call = self._crew.submit([ask.order(self._answers.lend()) for ask in asks])
                 self._calls[call] = asks
             call.add_done_callback(self._done)
 
     def _some(self) -> list[_Ask]:
-        fair = -(-len(self._waiting) // (2 * self._workers))
+        fair = max(-(-len(self._waiting) // (2 * self._workers)), LEAST / self._seconds)
+        most = min(fair, MOST, QUANTUM / self._seconds, len(self._waiting))
         asks = [self._waiting.popleft()]
-        while len(asks) < min(fair, MOST, QUANTUM / self._seconds) and not (asks[0].alone or self._waiting[0].alone):
+        while len(asks) < most and not (asks[0].alone or self._waiting[0].alone):
             asks.append(self._waiting.popleft())
         return asks
 
@@ -163,6 +220,8 @@ class Workers:
             asks, innocent = self._calls.pop(call), call.cancelled() or call in self._bystanders
             self._bystanders.discard(call)
             again = lost and (innocent or len(asks) > 1)
+            for ask in asks if lost else ():
+                self._answers.back(ask.memory)
             if again:
                 for ask in asks:
                     ask.alone = ask.alone or not innocent
@@ -171,8 +230,18 @@ class Workers:
                 self._seconds, found = max(1e-6, found[0] / len(asks)), found[1]
         if not again:
             for ask, answer in zip(asks, [found] * len(asks) if lost else found, strict=True):
-                give(ask.answer, opened(answer, ask.order.turn))
+                give(ask.answer, opened(answer, ask.turn, partial(self._opened, memory=ask.memory)))
         self._begin()
+
+    def _opened(self, packed: Packed, memory: SharedMemory | None) -> Answer:
+        """The answer, large arrays in the memory that was lent; but a node's state stays, and has bytes of its own."""
+        answer: Answer = self._answers.open(packed, memory)
+        if packed.places and answer.state is not None:
+            for array in lent_in(answer.state):
+                array.own()
+        if packed.places and answer.reply.has_content():
+            self._lent.extend(weakref.ref(array) for array in lent_in(answer.reply.content))
+        return answer
 
     def abandon(self, futures: Collection[Future[Answer]]) -> None:
         """End the processes that are busy with them; what else these were doing begins again."""
@@ -189,8 +258,27 @@ class Workers:
 
     def close(self) -> None:
         self._closed = True
+        self._herald.rest()
         self._crew.close()
         self._data.close()
+        self._answers.close()
+
+
+class _Herald(MetaPathFinder):
+    """When this process begins to import PyTorch, its workers begin, too: they will hardly do without."""
+
+    def __init__(self, crew: Crew, workers: int) -> None:
+        self._crew, self._workers = crew, workers
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> None:
+        if name == "torch":
+            self.rest()
+            for _ in range(self._workers):
+                self._crew.submit(name)
+
+    def rest(self) -> None:
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
 
 
 def give(future: Future[Answer], answer: Answer) -> None:
@@ -199,14 +287,14 @@ def give(future: Future[Answer], answer: Answer) -> None:
         future.set_result(answer)
 
 
-def opened(found: Any, turn: Turn) -> Answer:
-    """The answer in what a worker or an actor has given back, be it none."""
+def opened(found: Any, turn: Turn, load: Callable[[Any], Answer]) -> Answer:
+    """The answer that ``load`` takes out of what a worker or an actor has given back, be it none."""
     code = APP_RAISED
     if isinstance(found, Died | Exception):
         code, reason = CRASHED, f"its process was lost ({found.reason if isinstance(found, Died) else found})"
     else:
         try:
-            return cast(Answer, unpack(*found))  # of a process of our own
+            return load(found)
         except Exception as error:
             reason = f"its reply cannot be taken out of its process ({type(error).__name__}: {error})"
     return failed(message_from(turn.metadata, content=RecordDict()), reason, reason, code=code)

@@ -13,7 +13,7 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from shoal.flower.arrays import view
+from shoal.flower.arrays import bytes_of, view
 from shoal.flower.compat import APP_RAISED, message_from
 
 __all__ = ["Answer", "Turn", "copied", "failed", "play", "wrong_with"]
@@ -94,19 +94,18 @@ def wrong_with(reply: object, message: Message) -> str:
 
 def copied(content: RecordDict) -> RecordDict:
     """The same records in containers of their own; arrays, whose bytes nobody can change, are shared."""
-    copy = RecordDict()
+    copy = content.copy()
     for name, record in content.items():
-        fresh: Any = type(record)()
-        for key, value in record.items():
-            fresh[key] = list(value) if isinstance(value, list) else value
-        copy[name] = fresh
+        fresh = copy.__dict__["_data"][name] = record.copy()  # what was checked needs no checks
+        inside: dict[str, Any] = fresh.__dict__["_data"]
+        inside.update({key: list(value) for key, value in inside.items() if isinstance(value, list)})
     return copy
 
 
 def size(content: RecordDict) -> int:
     """Bytes of the arrays in it."""
     records = [record for record in content.values() if isinstance(record, ArrayRecord)]  # flwr's own views cost more
-    return sum(len(array.data) for record in records for array in record.values())
+    return sum(len(bytes_of(array)) for record in records for array in record.values())
 
 
 def round_in(content: RecordDict) -> int | None:

@@ -5,30 +5,39 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
-from typing import Any
+from contextlib import ExitStack, suppress
+from functools import partial
+from importlib import import_module
+from typing import Any, TypeVar
 
 from flwr.app import RecordDict
 from flwr.clientapp import ClientApp
 
 from shoal.client.process import answers_on, jobs_on
-from shoal.flower.arrays import Packed, pack, quick_arrays
+from shoal.flower.arrays import PicklerOfArrays, quick_arrays
 from shoal.flower.compat import identify, message_from
 from shoal.flower.drawing import seed_all
+from shoal.flower.records import quick_records
 from shoal.flower.stage import Order
 from shoal.flower.turns import Turn, copied, failed, play
+from shoal.flower.uncompiled import compiler_later
 from shoal.protos.errors import ExperimentError, ShoalError
+from shoal.simulations.answers import Answer, pack
 from shoal.simulations.crew import read, write
 from shoal.simulations.packing import unpack
 
 __all__ = ["answered", "loaded", "main"]
 
+T = TypeVar("T")
+
 
 def main() -> None:
     """Load the app, then answer orders until the other side is gone."""
     answers, orders = answers_on(), jobs_on()  # PyTorch, if the app has it, takes one thread from the environment
+    compiler_later()
     with ExitStack() as modules:
         modules.enter_context(quick_arrays())
+        modules.enter_context(quick_records())
         try:
             app = loaded(lambda: unpack(orders), modules)
         except EOFError:
@@ -37,14 +46,20 @@ def main() -> None:
         path, content = None, RecordDict()  # what was sent last, often to many nodes
         while isinstance(app, ClientApp):
             try:
-                together: list[Order] = read(orders)
+                together: list[Order] | str = read(orders)
             except EOFError:
                 return
-            began, found = time.perf_counter(), list[Packed]()
+            if isinstance(together, str):  # a module that turns will hardly do without
+                with suppress(ImportError):
+                    import_module(together)
+                write(answers, None)
+                continue
+            began, found = time.perf_counter(), list[Answer]()
             for order in together:
                 if order.content.path != path:
                     path, content = order.content.path, order.content.open()
-                found.append(answered(app, order.turn, content))
+                packer = partial(pack, memory=order.memory, pickler=PicklerOfArrays)
+                found.append(answered(app, order.turn, content, packer))
             write(answers, (time.perf_counter() - began, found))
 
 
@@ -67,8 +82,8 @@ def loaded(load: Callable[[], tuple[Any, int]], modules: ExitStack) -> ClientApp
         return ExperimentError(f"a worker process cannot load the ClientApp: {type(error).__name__}: {error}")
 
 
-def answered(app: ClientApp, turn: Turn, content: RecordDict) -> Packed:
-    """The answer of one turn; ``content`` stays as it is."""
+def answered(app: ClientApp, turn: Turn, content: RecordDict, pack: Callable[[object], T]) -> T:
+    """The answer of one turn, packed; ``content`` stays as it is."""
     seed_all(turn.seed)
     answer = play(app, turn, copied(content))
     try:  # here, where it can be told what is wrong with it

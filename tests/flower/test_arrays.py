@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, RecordDict
 
-from shoal.flower.arrays import pack, quick_arrays, unpack, view
+from shoal.flower.arrays import Lent, pack, quick_arrays, unpack, view
 
 KINDS = [
     np.arange(5.0),
@@ -55,6 +58,33 @@ def test_arrays_cross_without_copies() -> None:
     assert buffers[0] is data is there["a"]["w"].data and len(pickled) < 600
     assert there == copied == content
     assert type(copied["a"]["w"].data) is bytes
+
+
+def test_an_array_over_lent_memory_is_flwrs_in_every_way() -> None:
+    flwrs = Array(np.arange(5.0))
+    memory = np.frombuffer(bytearray(flwrs.data), np.uint8)
+
+    def lent() -> Lent:
+        return Lent(flwrs.dtype, flwrs.shape, flwrs.stype, memory)
+
+    assert lent() == flwrs and flwrs == lent() and lent() != Array(np.zeros(5)) and repr(lent()) == repr(flwrs)
+    assert isinstance(lent(), Array) and lent().object_id == flwrs.object_id
+    for copy_of in (
+        copy.copy,
+        copy.deepcopy,
+        lambda array: pickle.loads(pickle.dumps(array)),
+        lambda a: unpack(*pack(a)),
+    ):
+        assert type(copy_of(lent())) is Array and copy_of(lent()) == flwrs
+    with quick_arrays():
+        array = lent()
+        read = array.numpy()
+        memory[-8:] = 0  # as if it were lent again
+        assert np.array_equal(read, np.arange(5.0))
+    changed = lent()
+    changed.data = flwrs.data
+    changed.own()
+    assert changed == flwrs and lent() != flwrs
 
 
 def test_flwr_has_its_own_back() -> None:

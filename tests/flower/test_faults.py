@@ -101,6 +101,7 @@ def test_who_waits_behind_a_client_that_hangs_is_played_by_another_process() -> 
     about = context(1, 2, {}, {})
     identify(1)
     with closing(Workers(GivenApp(None, app), 1, 1)) as stage:
+        stage.ready()
         asked = []
         for number, seconds in enumerate((600.0, 0.0)):
             message = Message(RecordDict({"c": ConfigRecord({"seconds": seconds})}), 2, "query")

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import pickle
+import weakref
 from collections.abc import Iterator, Mapping
 
 import pytest
 import torch
 
-from shoal.simulations.answers import Answers, pack
+from shoal.simulations.answers import MOST, Answers, pack
+from shoal.simulations.shared import SharedMemory
 
 
 @pytest.fixture
@@ -33,13 +38,12 @@ def same(a: Mapping[str, object], b: Mapping[str, object]) -> bool:
 
 def test_the_first_answer_goes_with_the_message_and_tells_how_much_memory_there_should_be(answers: Answers) -> None:
     assert answers.lend() is None
-    message, wanted = pack(draw(0), None)
-    assert same(answers.open((message, wanted), None), draw(0))
+    assert same(answers.open(pack(draw(0), None), None), draw(0))
     lent = answers.lend()
     assert lent is not None
-    message, _ = pack(draw(1), lent)
-    assert len(message) < 2000
-    assert same(answers.open((message, wanted), lent), draw(1))
+    answer = pack(draw(1), lent)
+    assert len(answer.message) < 2000
+    assert same(answers.open(answer, lent), draw(1))
 
 
 def test_memory_comes_back_when_the_last_tensor_is_gone_and_not_before(answers: Answers) -> None:
@@ -61,7 +65,7 @@ def test_an_answer_that_outgrows_its_memory_goes_with_the_message(answers: Answe
     assert same(answers.open(pack(larger, lent), lent), larger)
     again = answers.lend()
     assert again is not lent and again is not None
-    assert len(pack(larger, again)[0]) < 2000
+    assert len(pack(larger, again).message) < 2000
 
 
 def test_memory_of_a_lost_worker_is_lent_again(answers: Answers) -> None:
@@ -69,3 +73,51 @@ def test_memory_of_a_lost_worker_is_lent_again(answers: Answers) -> None:
     lent = answers.lend()
     answers.back(lent)
     assert answers.lend() is lent
+
+
+def test_where_there_is_no_memory_the_answer_goes_with_the_message(
+    answers: Answers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers.open(pack(draw(0), None), None)
+
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    assert answers.lend() is None
+    assert same(answers.open(pack(draw(1), None), None), draw(1))
+    monkeypatch.undo()
+    assert answers.lend() is not None
+
+
+def test_no_more_is_lent_than_there_may_be_open_files(answers: Answers) -> None:
+    answers.open(pack({"a": torch.ones(9000)}, None), None)
+    lent = [answers.lend() for _ in range(MOST + 1)]
+
+    assert lent[-1] is None and len({memory.path for memory in lent if memory is not None}) == MOST
+    answers.back(lent[0])
+    assert answers.lend() is lent[0]
+
+
+def test_memory_that_has_become_too_small_is_given_up(answers: Answers) -> None:
+    answers.open(pack({"a": torch.ones(9000)}, None), None)
+    small = answers.lend()
+    assert small is not None
+    answers.open(pack({"a": torch.ones(18000)}, None), None)
+    answers.back(small)
+
+    assert not small.path.exists() and answers.lend() is not small
+
+
+def test_a_process_attaches_once_and_lets_go_of_what_is_gone() -> None:
+    first, second = SharedMemory(100), SharedMemory(100)
+    attached = pickle.loads(pickle.dumps(first))
+    first.array()[:] = 7
+    assert attached is not first and attached is pickle.loads(pickle.dumps(first)) and (attached.array() == 7).all()
+
+    gone = weakref.ref(attached)
+    del attached
+    first.close()
+    assert gone() is not None
+    pickle.loads(pickle.dumps(second))
+    assert gone() is None

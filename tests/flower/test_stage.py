@@ -1,0 +1,47 @@
+"""Processes that play ClientApps, beside what test_faults and test_lending say of them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+HERALD = """
+import sys
+from contextlib import closing
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.clientapp import ClientApp
+from shoal.flower.app import GivenApp
+from shoal.flower.compat import context, identify, name_message
+from shoal.flower.stage import Workers
+from shoal.flower.turns import Turn
+
+app = ClientApp()
+
+@app.query()
+def query(message, context):
+    import sys
+    return Message(RecordDict({"c": ConfigRecord({"has": "torch" in sys.modules})}), reply_to=message)
+
+def ask(stage):
+    message = Message(RecordDict(), 2, "query")
+    name_message(message, "1")
+    turn = Turn(message.metadata, context(1, 2, {}, {}), 0)
+    return stage.submit(turn, stage.publish(message.content)).result(60).reply.content["c"]["has"]
+
+identify(1)
+with closing(Workers(GivenApp(None, app), 1, 2)) as stage:
+    stage.ready()
+    assert not ask(stage)
+    import torch
+    assert ask(stage) and ask(stage)
+    assert not [finder for finder in sys.meta_path if type(finder).__module__ == "shoal.flower.stage"]
+"""
+
+
+@pytest.mark.slow
+def test_processes_import_pytorch_when_this_one_does() -> None:
+    done = subprocess.run([sys.executable, "-c", HERALD], capture_output=True, text=True)
+
+    assert done.returncode == 0, done.stderr
