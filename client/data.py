@@ -73,6 +73,8 @@ class Table:
                 )
         if self.clients is not None and self.clients.dtype.kind != "U":
             raise DataError(f"clients is of dtype {self.clients.dtype}, not text; build it with table(x, y, clients)")
+        if self.clients is not None and self.clients.ndim != 1:
+            raise DataError(f"clients has shape {list(self.clients.shape)}; give each row one id")
         ids = len(self.x) if self.clients is None else len(self.clients)
         if not len(self.x) == len(self.y) == ids:
             raise DataError(f"x has {len(self.x)} rows, y {len(self.y)} and clients {ids}; give each row one of each")
@@ -152,7 +154,12 @@ def _present(values: Any, what: str, where: str) -> np.ndarray:
 def _labels(values: Any, names: Sequence[str] | None, where: str) -> tuple[np.ndarray, tuple[str, ...] | None]:
     array = _present(values, "label", where)
     if array.dtype.kind == "f" and names is None:
-        return array.astype(np.float32), None
+        with np.errstate(over="ignore"):  # what overflows is reported below, with its place
+            numbers = array.astype(np.float32)
+        if not np.isfinite(numbers).all():
+            row = np.argwhere(~np.isfinite(numbers))[0][0]
+            raise DataError(f"{where}: the label of row {row} is inf as float32; drop such rows, or scale the labels")
+        return numbers, None
     if array.dtype.kind in "iub" and names is None:
         return array.astype(np.int64), None
     if array.dtype.kind not in "Uiub":

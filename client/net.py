@@ -91,7 +91,7 @@ class Net:
     """
 
     def __init__(self, module: nn.Module, device: str = "cpu") -> None:
-        self.module = module.to(device)
+        self.module = module.to(device).train()  # by the model's own train(), which may hold a part in evaluation
         self.layout = layout_of(module)
         self.weights = [tensor for tensor in _tensors(module).values() if tensor.requires_grad]
         self.flat = _gather(self.weights, self.dtype)
@@ -102,7 +102,7 @@ class Net:
             if isinstance(part, nn.MaxPool2d):
                 _PooledGradient(part)
         self._bind()
-        self._constant = {name: b.clone() for name, b in self._outside_the_state()}
+        self._outside = self._outside_the_state()
         self._homes = {segment: self._owners(segment) for segment in (Segment.BUFFERS, Segment.COUNTERS)}
         #: of the tensors that weights, buffers and counters consist of
         self.shapes = tuple(
@@ -149,10 +149,18 @@ class Net:
         for weight, view in zip(self.weights, self.views, strict=True):
             weight.data = view
 
-    def _outside_the_state(self) -> list[tuple[str, Tensor]]:
-        """Non-persistent buffers: they never cross, and must not carry anything from one client to the next."""
+    def _outside_the_state(self) -> list[tuple[nn.Module, str, Tensor | None]]:
+        """Copies of non-persistent buffers: they never cross, and must not carry anything from one client to the next.
+
+        Some are not there at first: a model may make them, or larger ones, when it runs.
+        """
         inside = self.module.state_dict().keys()
-        return [(name, buffer) for name, buffer in self.module.named_buffers() if name not in inside]
+        return [
+            (owner, name, None if buffer is None else buffer.clone())
+            for path, owner in self.module.named_modules()
+            for name, buffer in owner._buffers.items()
+            if (f"{path}.{name}" if path else name) not in inside
+        ]
 
     def collect(self) -> None:
         """Take in weights that code of the user's own has bound anew (``p.data = …``), and bind them back."""
@@ -176,8 +184,12 @@ class Net:
 
     def restore(self, buffers: Tensor | None, counters: Tensor | None) -> None:
         """Copy buffers and counters in, where given. What is outside the state becomes as it was at first."""
-        for name, buffer in self._outside_the_state() if self._constant else ():
-            buffer.copy_(self._constant[name])
+        for owner, name, first in self._outside:
+            buffer = getattr(owner, name)
+            if buffer is None or first is None or buffer.shape != first.shape:
+                setattr(owner, name, None if first is None else first.clone())
+            else:
+                buffer.copy_(first)
         for segment, vector in ((Segment.BUFFERS, buffers), (Segment.COUNTERS, counters)):
             homes = self._homes[segment]
             if vector is None or not homes:

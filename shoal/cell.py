@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+from shoal.client.process import jobs_on
 from shoal.protos.errors import ShoalError
 from shoal.simulate import complete
 from shoal.simulations.crew import open_answers, read, write
@@ -45,12 +46,12 @@ class Ended:
 
 def main() -> None:
     """Run one experiment an order, until the other side is gone."""
-    answers = open_answers()
-    assignment: bytes = read(sys.stdin.buffer)
+    orders, answers = jobs_on(), open_answers()
+    assignment: bytes = read(orders)
     write(answers, "ready")
     while True:
         try:
-            order: Order = read(sys.stdin.buffer)
+            order: Order = read(orders)
         except EOFError:
             return
         write(answers, _run(assignment, order))

@@ -142,6 +142,8 @@ class BlockTrainer:
         losses = torch.zeros(count, dtype=torch.float64, device=start.device)
         for done in range(max(passes)):
             going = [done < most and steps != limit for most, steps in zip(passes, taken, strict=True)]
+            if not any(going):
+                break
             orders = self._examples.orders([turn.rng for turn in self._turns], local, going)
             for move in moves(orders.lengths, local.batch_size or max(orders.lengths), taken, limit):
                 losses[move.part].add_(step(move, orders.rows[move.part, move.rows]), alpha=move.size)

@@ -230,7 +230,7 @@ def _named(found: Interval, mean: str, sd: str, low: str, high: str) -> dict[str
 
 
 def _mean(values: Sequence[float]) -> float | None:
-    return fmean(values) if values else None
+    return Interval.of(values).mean
 
 
 def _megabytes(spent: Mapping[str, float]) -> float:

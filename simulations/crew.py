@@ -85,7 +85,8 @@ class Worker:
         # A session of its own: Ctrl-C is for the process that has workers, which then ends them.
         self.process: subprocess.Popen[bytes] = subprocess.Popen(command(program), start_new_session=True, **pipes)
         self._in, self._out = cast(IO[bytes], self.process.stdin), cast(IO[bytes], self.process.stdout)
-        self._assignment: bytes | None = assignment  # until it is sent
+        self._assignment: bytes | None = assignment  # until the worker has taken it
+        self._dropped = False
 
     def ready(self) -> None:
         """Wait until the worker has taken its assignment; RunError with its reason if it cannot."""
@@ -102,13 +103,22 @@ class Worker:
         self._assignment = None
 
     def call(self, order: object) -> Any:
-        """The worker's answer, or how it :class:`Died`."""
+        """The worker's answer, or how it :class:`Died`; also if the order was dropped before it could begin."""
         self.ready()
+        if self._dropped:
+            self._dropped = False
+            return Died("was not ready before its order was dropped")
         try:
             write(self._in, order)
             return read(self._out)
         except (EOFError, OSError, pickle.UnpicklingError):
             return Died(fate(self.process.wait()))
+
+    def drop(self) -> None:
+        """Nobody waits any more for the answer to its order: kill it, unless it is not ready yet to begin."""
+        self._dropped = True  # before the next line looks, so that one of the two threads sees what the other did
+        if self._assignment is None:
+            self.process.kill()
 
     def kill(self) -> None:
         self.process.kill()
@@ -148,7 +158,7 @@ class Crew:
     def _call(self, order: object) -> Any:
         worker = self._idle.get()
         answer = worker.call(order)
-        if isinstance(answer, Died):
+        if isinstance(answer, Died) and worker.process.poll() is not None:
             worker = self._replace(worker)
         self._idle.put(worker)
         return answer
@@ -163,7 +173,7 @@ class Crew:
         return fresh
 
     def kill_busy(self) -> None:
-        """Kill the workers that have an order, which are then replaced."""
+        """Kill the workers that are at an order, which are then replaced; those getting ready for one never begin."""
         idle = set[Worker]()
         while not self._idle.empty():
             idle.add(self._idle.get())
@@ -171,7 +181,7 @@ class Crew:
             if worker in idle:
                 self._idle.put(worker)
             else:
-                worker.process.kill()
+                worker.drop()
 
     def close(self) -> None:
         with self._changing:

@@ -7,7 +7,7 @@ import, so it is imported where it is used. ``docs/comparing.md`` says what one 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median, pvariance, stdev
 
@@ -22,7 +22,7 @@ DRAWS = 99_999
 class Interval:
     """A mean over seeds, the sample standard deviation (n − 1), and the mean's 95 % confidence interval (Student's t).
 
-    None where there are too few values: one has no deviation, none has no mean.
+    None where there are too few values: one has no deviation, none has no mean. Infinite where they are no float.
     """
 
     n: int
@@ -37,9 +37,19 @@ class Interval:
             return cls(len(values), fmean(values) if values else None, None, None, None)
         from scipy.stats import t
 
-        mean, sd = fmean(values), stdev(values)
+        mean, sd = _or_infinite(fmean, values), _or_infinite(stdev, values)
         half = float(t.ppf(1 - ALPHA / 2, len(values) - 1)) * sd / math.sqrt(len(values))
+        if math.isinf(half):
+            return cls(len(values), mean, sd, -math.inf, math.inf)
         return cls(len(values), mean, sd, mean - half, mean + half)
+
+
+def _or_infinite(of: Callable[[Sequence[float]], float], values: Sequence[float]) -> float:
+    """What runs that diverge come to is beyond all numbers, which Python's own statistics do not bear."""
+    try:
+        return of(values) if all(map(math.isfinite, values)) else math.inf
+    except OverflowError:
+        return math.inf
 
 
 # --- tests -----------------------------------------------------------------------------------------------------------
@@ -129,6 +139,7 @@ class Fairness:
         """ValueError without a client."""
         ranked, tenth = sorted(values, reverse=lower_is_better), -(-len(values) // 10)
         total = math.fsum(examples)
-        weighted = math.fsum(v * n for v, n in zip(values, examples, strict=True)) / total if total else None
-        worst, best = fmean(ranked[:tenth]), fmean(ranked[-tenth:])
-        return cls(len(values), fmean(values), weighted, pvariance(values), worst, best)
+        products = [v * n for v, n in zip(values, examples, strict=True)]
+        weighted = _or_infinite(math.fsum, products) / total if total else None
+        worst, best = _or_infinite(fmean, ranked[:tenth]), _or_infinite(fmean, ranked[-tenth:])
+        return cls(len(values), _or_infinite(fmean, values), weighted, _or_infinite(pvariance, values), worst, best)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 
 from torch import Tensor
 
+from shoal.client.process import jobs_on
 from shoal.protos.errors import ExperimentError, ShoalError
 from shoal.simulations.answers import pack
 from shoal.simulations.crew import open_answers, read, write
@@ -21,15 +21,15 @@ __all__ = ["build", "main"]
 
 def main() -> None:
     """Build the engine, then answer orders until the other side is gone."""
-    answers = open_answers()
+    orders, answers = jobs_on(), open_answers()
     try:
-        engine = build(lambda: unpack(sys.stdin.buffer))
+        engine = build(lambda: unpack(orders))
     except EOFError:
         return
     write(answers, engine if isinstance(engine, ShoalError) else "ready")
     while isinstance(engine, Engine):
         try:
-            order: Order = read(sys.stdin.buffer)
+            order: Order = read(orders)
         except EOFError:
             return
         write(answers, pack(engine.run(order.job, *_state(order), order.seconds), order.answer))

@@ -85,6 +85,8 @@ def test_class_names_fix_the_numbers_so_that_devices_agree() -> None:
         (([[1], [2, 3]], [0, 1]), "here is ragged.*pad or resize"),
         (([1, 2], [0, None]), "here: row 1 has no label; drop or fill"),
         (([1, 2], [0.0, np.nan]), "here: row 1 has no label; drop or fill"),
+        (([1, 2], [0.5, 1e300]), "here: the label of row 1 is inf as float32; drop such rows, or scale"),
+        (([1, 2], [0, 1], [["a", "b"], ["c", "d"]]), r"here: clients has shape \[2, 2\]; give each row one id"),
         (([1, 2], pd.Series(["a", None], name="job")), "row 1 has no label in column 'job'"),
         (([1, 2], [1j, 2j]), "labels of dtype complex128 are no classes; give integers"),
         (([1, 2], [0, 1], ["a", None]), "here: row 1 has no client id; drop or fill"),

@@ -334,6 +334,38 @@ def test_buffers_outside_the_state_start_anew_for_each_task() -> None:
     assert model.seen.tolist() == [0.0]  # type: ignore[operator]
 
 
+@pytest.mark.parametrize("first", [None, torch.zeros(2)])
+def test_buffers_outside_the_state_may_be_made_anew_in_a_task(first: Tensor | None) -> None:
+    model = module()
+    model.register_buffer("kept", torch.zeros(1), persistent=False)
+    model.register_buffer("cache", first, persistent=False)
+    net = Net(model)
+    model.cache = torch.arange(4)
+    net.restore(None, None)
+
+    assert torch.equal(model.cache, first) if isinstance(first, Tensor) else model.cache is None
+
+
+class HalfFrozen(nn.Sequential):
+    """Its normalisation stays as it was, as in fine-tuning."""
+
+    def train(self, mode: bool = True) -> HalfFrozen:
+        super().train(mode)
+        self[1].eval()
+        return self
+
+
+def test_what_a_model_keeps_in_evaluation_is_so_from_the_first_task_on() -> None:
+    net = Net(HalfFrozen(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)).double())
+    start, kept = net.flat.clone(), carried(net)
+    fresh = LeanTrainer(net, LocalTraining(), turn(), kept).run(start)
+    evaluate(net, LocalTraining(), shard())
+    again = LeanTrainer(net, LocalTraining(), turn(), kept).run(start)
+
+    assert torch.equal(fresh.delta, again.delta)
+    assert fresh.buffers is not None and torch.equal(fresh.buffers, kept.buffers)
+
+
 def test_a_metric_gives_one_number_an_example() -> None:
     local = LocalTraining(metrics=(lambda output, target: (output.argmax(1) == target).double().mean(),))
     with pytest.raises(ExperimentError, match=r"gave \[\] for 23 examples"):

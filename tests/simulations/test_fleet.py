@@ -46,6 +46,8 @@ class Troubled(Client):
             os._exit(3)
         if act == "hang":
             signal.pause()
+        if act == "ask":
+            input("to standard input, which is the pipe of a worker")
         if act == "nan":
             next(work.model.parameters()).data.fill_(torch.nan)
             return None
@@ -118,6 +120,15 @@ def test_a_client_that_never_answers_costs_one_deadline(tmp_path: Path) -> None:
     assert run.failures.client.tolist() == ["20"]
     assert run.failures.reason[0] == "client '20' did not answer before the deadline"
     assert run.metrics.loc[1, "counted"] == N - 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(60)
+def test_a_client_that_asks_at_a_terminal_fails_alone(tmp_path: Path) -> None:
+    run = simulate(tmp_path, {"20": "ask"}, workers=2, rounds=1)
+
+    assert run.failures.client.tolist() == ["20"]
+    assert "raised EOFError" in run.failures.reason[0]
 
 
 def test_a_client_whose_data_raises_fails_alone(tmp_path: Path) -> None:

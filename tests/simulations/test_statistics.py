@@ -42,6 +42,13 @@ def test_few_values_have_no_interval() -> None:
     assert Interval.of([0.5, 0.5]) == Interval(2, 0.5, 0.0, 0.5, 0.5)
 
 
+def test_what_diverges_is_infinite() -> None:
+    assert Interval.of([1e308, 1e308]).mean == math.inf
+    assert Interval.of([math.inf, 1.0]) == Interval(2, math.inf, math.inf, -math.inf, math.inf)
+    assert Fairness.of([2.0**600, 3 * 2.0**600], [1.0, 1.0]).variance == math.inf
+    assert Fairness.of([1e308, 1e308], [1.0, 1.0]).weighted == math.inf
+
+
 def test_the_sign_flip_test_is_fishers() -> None:
     """Of the 32,768 sums 1,726 are as large as Darwin's, 863 on either side."""
     assert sign_flip(DARWIN) == 1726 / 2**15
