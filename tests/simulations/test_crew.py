@@ -32,6 +32,7 @@ def test_an_order_dropped_while_its_worker_gets_ready_costs_that_order_alone() -
     with closing(data), closing(SharedBlock.of({"parameters": torch.zeros(15), **nothing})) as block:
         order: Any = Order(Job(0, [], Context(1, 1, 1)), block, {})
         with closing(Crew("shoal.simulations.worker", packed, 1)) as crew:
+            crew.ready()
             crew._workers[0].process.kill()
             assert crew.submit(order).result() == Died("killed by signal 9")
             dropped = crew.submit(order)
