@@ -38,7 +38,6 @@ from shoal.simulations.shared import SharedBytes, SharedMemory
 __all__ = ["InProcess", "Order", "SharedContent", "Stage", "Workers", "give", "opened"]
 
 QUANTUM, MOST = 0.005, 32  # seconds, and turns, of one call
-LEAST = 0.001  # seconds: a call that takes less is not worth it, even if others then wait
 
 
 class Stage(Protocol):
@@ -206,8 +205,9 @@ class Workers:
             call.add_done_callback(self._done)
 
     def _some(self) -> list[_Ask]:
-        fair = max(-(-len(self._waiting) // (2 * self._workers)), LEAST / self._seconds)
-        most = min(fair, MOST, QUANTUM / self._seconds, len(self._waiting))
+        # No more than its share: who hangs keeps those waiting that are in the same call.
+        fair = -(-len(self._waiting) // (2 * self._workers))
+        most = min(fair, MOST, QUANTUM / self._seconds)
         asks = [self._waiting.popleft()]
         while len(asks) < most and not (asks[0].alone or self._waiting[0].alone):
             asks.append(self._waiting.popleft())
