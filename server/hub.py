@@ -11,11 +11,11 @@ import secrets
 import time
 import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
-from types import MappingProxyType
 
 from shoal.protos import fleet_pb2 as wire
 from shoal.protos.codec import content_of, decode_failure
 from shoal.protos.errors import CodecError, InvalidUpdate
+from shoal.protos.messages import NOTHING
 from shoal.protos.transport import CAPABILITIES, software
 from shoal.server.admission import Admit, check_name, common_version, examine, failure_of, without_an_app
 from shoal.server.orders import (
@@ -39,7 +39,6 @@ from shoal.server.spool import Incoming, Torn
 
 __all__ = ["Hub"]
 
-NOBODY: Mapping[str, str] = MappingProxyType({})
 MISSED = 3  # heartbeats, after which a connection is taken for dead
 MOST = 2**17  # clients that are known: beyond, names that cost nothing go
 QUEUED = 64  # replies to one client: a client that does not read gets no more heartbeats
@@ -56,7 +55,7 @@ class Hub:
         tell: Callable[[News], None],
         heartbeat: float = 30.0,
         admit: Admit = without_an_app,
-        owners: Mapping[str, str] = NOBODY,
+        owners: Mapping[str, str] = NOTHING,
     ) -> None:
         self.tell, self.heartbeat, self._admit, self._owners = tell, heartbeat, admit, owners
         self.known: dict[str, str] = {}  # the clients that ever joined, with the identities they proved

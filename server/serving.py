@@ -18,11 +18,12 @@ from grpc import aio
 
 from shoal.protos import fleet_pb2 as wire
 from shoal.protos.errors import ConnectionRefused
+from shoal.protos.messages import NOTHING
 from shoal.protos.transport import SERVER, Address, Certificates
 from shoal.server.admission import Admit, without_an_app
 from shoal.server.board import Board
 from shoal.server.health import Health
-from shoal.server.hub import NOBODY, Hub
+from shoal.server.hub import Hub
 from shoal.server.orders import Event, News
 from shoal.server.service import board_handlers, handlers
 
@@ -49,7 +50,7 @@ class Serving:
         heartbeat: float = 30.0,
         service: Callable[[Hub], grpc.GenericRpcHandler] = handlers,
         admit: Admit = without_an_app,
-        owners: Mapping[str, str] = NOBODY,
+        owners: Mapping[str, str] = NOTHING,
     ) -> None:
         self.address, self._certificates, self._service = address, certificates, service
         _check_free(address)

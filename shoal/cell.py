@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from shoal.client.process import jobs_on
 from shoal.protos.errors import ShoalError
 from shoal.simulate import complete
-from shoal.simulations.crew import open_answers, read, write
+from shoal.simulations.crew import open_pipes, read, write
 from shoal.simulations.packing import unpack
 
 __all__ = ["Ended", "Order", "main"]
@@ -46,7 +45,7 @@ class Ended:
 
 def main() -> None:
     """Run one experiment an order, until the other side is gone."""
-    orders, answers = jobs_on(), open_answers()
+    orders, answers = open_pipes()
     assignment: bytes = read(orders)
     write(answers, "ready")
     while True:

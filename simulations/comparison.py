@@ -15,7 +15,7 @@ from operator import itemgetter
 from statistics import fmean
 from typing import Any
 
-from shoal.simulations.statistics import Interval, Times, holm, seeds_needed, sign_flip
+from shoal.simulations.statistics import Interval, Times, holm, mean, seeds_needed, sign_flip
 
 __all__ = ["Point", "Row", "curve", "main_metric", "rows"]
 
@@ -159,8 +159,8 @@ class _Frame:
             comparisons=self.comparisons,
             seeds_needed=seeds_needed(self.comparisons) if self.comparisons else 1,
             **self._until(scenario, runs),
-            megabytes=_mean([_megabytes(run) for run in runs]),
-            seconds=_mean([run["seconds"] for run in runs]),
+            megabytes=mean([_megabytes(run) for run in runs]),
+            seconds=mean([run["seconds"] for run in runs]),
             **self._clients(runs),
             client_failures=sum(run["failed"] for run in runs),
         )
@@ -217,8 +217,8 @@ class _Frame:
         found = [run["fairness"][name] for run in runs if name in run.get("fairness", {})]
         worst = Interval.of([one["worst_10"] for one in found])
         return {
-            **{f"clients_{what}": _mean([one[what] for one in found]) for what in ("mean", "variance", "best_10")},
-            "clients_weighted": _mean([one["weighted"] for one in found if one["weighted"] is not None]),
+            **{f"clients_{what}": mean([one[what] for one in found]) for what in ("mean", "variance", "best_10")},
+            "clients_weighted": mean([one["weighted"] for one in found if one["weighted"] is not None]),
             "clients_worst_10": worst.mean,
             "clients_worst_10_low": worst.low,
             "clients_worst_10_high": worst.high,
@@ -227,10 +227,6 @@ class _Frame:
 
 def _named(found: Interval, mean: str, sd: str, low: str, high: str) -> dict[str, Any]:
     return {mean: found.mean, sd: found.sd, low: found.low, high: found.high}
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return Interval.of(values).mean
 
 
 def _megabytes(spent: Mapping[str, float]) -> float:

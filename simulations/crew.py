@@ -17,13 +17,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any, cast
 
-from shoal.client.process import answers_on, command, environment, fate
+from shoal.client.process import answers_on, command, environment, fate, jobs_on
 from shoal.protos.errors import RunError, ShoalError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Crew", "Died", "PicklerOfTensors", "open_answers", "read", "write"]
+__all__ = ["Crew", "Died", "PicklerOfTensors", "open_pipes", "read", "write"]
 
 # --- both sides ------------------------------------------------------------------------------------------------------
 
@@ -59,12 +59,12 @@ def read(file: IO[bytes]) -> Any:
 # --- in a worker -----------------------------------------------------------------------------------------------------
 
 
-def open_answers() -> IO[bytes]:
-    """Make this process a worker, which has one thread; the file to write answers to."""
+def open_pipes() -> tuple[IO[bytes], IO[bytes]]:
+    """Make this process a worker, which has one thread; the files to read orders from and to write answers to."""
     import torch
 
     torch.set_num_threads(1)
-    return answers_on()
+    return jobs_on(), answers_on()
 
 
 # --- in the process that has workers ---------------------------------------------------------------------------------

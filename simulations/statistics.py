@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median, pvariance, stdev
 
-__all__ = ["ALPHA", "Fairness", "Interval", "Times", "holm", "seeds_needed", "sign_flip", "smallest_p"]
+__all__ = ["ALPHA", "Fairness", "Interval", "Times", "holm", "mean", "seeds_needed", "sign_flip", "smallest_p"]
 
 ALPHA = 0.05  # below which an adjusted p counts; intervals have the level 1 - ALPHA
 EXACT = 15  # pairs, up to which all 2^n signs are enumerated; beyond, DRAWS of them at random
@@ -34,14 +34,21 @@ class Interval:
     @classmethod
     def of(cls, values: Sequence[float]) -> Interval:
         if len(values) < 2:
-            return cls(len(values), fmean(values) if values else None, None, None, None)
+            return cls(len(values), mean(values), None, None, None)
         from scipy.stats import t
 
-        mean, sd = _or_infinite(fmean, values), _or_infinite(stdev, values)
+        middle, sd = _or_infinite(fmean, values), _or_infinite(stdev, values)
         half = float(t.ppf(1 - ALPHA / 2, len(values) - 1)) * sd / math.sqrt(len(values))
         if math.isinf(half):
-            return cls(len(values), mean, sd, -math.inf, math.inf)
-        return cls(len(values), mean, sd, mean - half, mean + half)
+            return cls(len(values), middle, sd, -math.inf, math.inf)
+        return cls(len(values), middle, sd, middle - half, middle + half)
+
+
+def mean(values: Sequence[float]) -> float | None:
+    """That of an :class:`Interval`, without one."""
+    if len(values) < 2:
+        return fmean(values) if values else None
+    return _or_infinite(fmean, values)
 
 
 def _or_infinite(of: Callable[[Sequence[float]], float], values: Sequence[float]) -> float:

@@ -6,10 +6,9 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from shoal.client.process import jobs_on
 from shoal.protos.errors import ExperimentError, ShoalError
 from shoal.simulations.answers import pack
-from shoal.simulations.crew import open_answers, read, write
+from shoal.simulations.crew import open_pipes, read, write
 from shoal.simulations.engine import Assignment, Engine
 from shoal.simulations.packing import unpack
 from shoal.simulations.pool import Order
@@ -21,7 +20,7 @@ __all__ = ["build", "main"]
 
 def main() -> None:
     """Build the engine, then answer orders until the other side is gone."""
-    orders, answers = jobs_on(), open_answers()
+    orders, answers = open_pipes()
     try:
         engine = build(lambda: unpack(orders))
     except EOFError:

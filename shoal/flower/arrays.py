@@ -133,8 +133,9 @@ def _made(dtype: str, shape: tuple[int, ...], stype: str, data: Any) -> Array:
 
 
 def _lent(dtype: str, shape: tuple[int, ...], stype: str, data: Any) -> Array:
-    kind: Any = Array if type(data) is bytes else Lent
-    return kind(dtype, shape, stype, data if kind is Array else np.frombuffer(data, np.uint8))  # type: ignore[no-any-return]
+    if type(data) is bytes:
+        return Array(dtype, shape, stype, data)
+    return Lent(dtype, shape, stype, np.frombuffer(data, np.uint8))
 
 
 def _parts(array: Array) -> tuple[Any, ...]:
