@@ -7,16 +7,29 @@ script again).
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ["answer_jobs", "answers_on", "command", "cores", "end_with", "environment", "fate", "jobs_on", "keep_memory"]
+__all__ = [
+    "answer_jobs",
+    "answers_on",
+    "collecting_less",
+    "command",
+    "cores",
+    "end_with",
+    "environment",
+    "fate",
+    "jobs_on",
+    "keep_memory",
+]
 
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 # glibc gives large blocks back to the system and faults them in again at every step; other systems ignore these names.
@@ -48,6 +61,16 @@ def keep_memory() -> None:
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):  # other C libraries have none
         libc.mallopt(-3, MMAP_THRESHOLD)  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
         libc.mallopt(-1, TRIM_THRESHOLD)
+
+
+@contextmanager
+def collecting_less() -> Iterator[None]:
+    """For a while, what there is now is not looked through each time that garbage is collected, but what is made."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def answers_on() -> IO[bytes]:

@@ -77,7 +77,7 @@ class Answers:
         self._all, self._free = set(), []
 
 
-def pack(answer: object, memory: SharedMemory | None, pickler: type[PicklerOfTensors] = PicklerOfTensors) -> Answer:
+def pack(answer: object, memory: SharedMemory | None) -> Answer:
     """In a worker: the answer as a message, its large arrays in the memory that was lent, as far as they fit."""
     file, places, wanted = io.BytesIO(), list[tuple[int, int]](), 0
 
@@ -94,5 +94,5 @@ def pack(answer: object, memory: SharedMemory | None, pickler: type[PicklerOfTen
         places.append((at, data.size))
         return False
 
-    pickler(file, 5, stays).dump(answer)
+    PicklerOfTensors(file, 5, stays).dump(answer)
     return Answer(file.getvalue(), places, wanted)

@@ -13,9 +13,10 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING, Any, cast
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
+from typing import IO, TYPE_CHECKING, Any, Literal, cast
 
 from shoal.client.process import answers_on, command, environment, fate, jobs_on
 from shoal.protos.errors import RunError, ShoalError
@@ -78,7 +79,7 @@ class Died:
 
 
 class Worker:
-    """One process that runs ``main`` of the module ``program``; a call is a message and its answer."""
+    """One process that runs ``main`` of the module ``program``; an order is a message, and so is its answer."""
 
     def __init__(self, program: str, assignment: bytes) -> None:
         pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "env": environment()}
@@ -86,7 +87,13 @@ class Worker:
         self.process: subprocess.Popen[bytes] = subprocess.Popen(command(program), start_new_session=True, **pipes)
         self._in, self._out = cast(IO[bytes], self.process.stdin), cast(IO[bytes], self.process.stdout)
         self._assignment: bytes | None = assignment  # until the worker has taken it
-        self._dropped = False
+        self._does: Literal["nothing", "prepare", "work", "forget"] = "nothing"
+        self._changing, self._killed = threading.Lock(), False
+
+    @property
+    def lost(self) -> bool:
+        """Whether another one must take its place."""
+        return self._killed or self.process.poll() is not None
 
     def ready(self) -> None:
         """Wait until the worker has taken its assignment; RunError with its reason if it cannot."""
@@ -102,23 +109,36 @@ class Worker:
             raise answer
         self._assignment = None
 
-    def call(self, order: object) -> Any:
-        """The worker's answer, or how it :class:`Died`; also if the order was dropped before it could begin."""
+    def send(self, order: object) -> bool:
+        """Let it begin as soon as it is ready. False if the order was dropped before."""
+        self._does = "prepare"
         self.ready()
-        if self._dropped:
-            self._dropped = False
-            return Died("was not ready before its order was dropped")
+        with self._changing:
+            begins = self._does == "prepare"
+            self._does = "work" if begins else "nothing"
+        if begins:
+            with contextlib.suppress(OSError):  # it is gone: answer() says how
+                write(self._in, order)
+        return begins
+
+    def answer(self) -> Any:
+        """Its answer to what it was sent, or how it :class:`Died`."""
         try:
-            write(self._in, order)
             return read(self._out)
         except (EOFError, OSError, pickle.UnpicklingError):
             return Died(fate(self.process.wait()))
+        finally:
+            with self._changing:
+                self._does = "nothing"
 
     def drop(self) -> None:
         """Nobody waits any more for the answer to its order: kill it, unless it is not ready yet to begin."""
-        self._dropped = True  # before the next line looks, so that one of the two threads sees what the other did
-        if self._assignment is None:
-            self.process.kill()
+        with self._changing:
+            if self._does == "work":
+                self._killed = True
+                self.process.kill()
+            elif self._does == "prepare":
+                self._does = "forget"
 
     def kill(self) -> None:
         self.process.kill()
@@ -128,64 +148,108 @@ class Worker:
         self._out.close()
 
 
+@dataclass(eq=False)
+class _Call:
+    """An order and its answer to come."""
+
+    order: object
+    answer: Future[Any] = field(default_factory=Future)
+
+
 class Crew:
     """A fixed number of workers with one assignment. Each takes the next order as soon as it is free.
 
-    They start at once, and take orders when they are :meth:`ready`.
+    They start at once, and take orders when they are :meth:`ready`. Each has a thread that talks to it.
     """
 
     def __init__(self, program: str, assignment: bytes, workers: int) -> None:
         self._program, self._assignment = program, assignment
         self._workers = [Worker(program, assignment) for _ in range(workers)]
         self._changing, self._closed = threading.Lock(), False
-        self._idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
-        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="shoal-worker")
+        self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
+        self._threads = [
+            threading.Thread(target=self._drive, args=[place], name=f"shoal-worker-{place}", daemon=True)
+            for place in range(workers)
+        ]
 
     def ready(self) -> None:
         """Wait until all have taken their assignment; RunError, and no worker is left, if one cannot."""
         try:
             for worker in self._workers:
                 worker.ready()
-                self._idle.put(worker)
         except BaseException:
             self.close()
             raise
+        for thread in self._threads:
+            thread.start()
 
     def submit(self, order: object) -> Future[Any]:
         """The answer to come of whichever worker is free, or how it :class:`Died`; another one takes its place."""
-        return self._threads.submit(self._call, order)
+        call = _Call(order)
+        self._calls.put(call)
+        return call.answer
 
-    def _call(self, order: object) -> Any:
-        worker = self._idle.get()
-        answer = worker.call(order)
-        if isinstance(answer, Died) and worker.process.poll() is not None:
-            worker = self._replace(worker)
-        self._idle.put(worker)
-        return answer
+    def _drive(self, place: int) -> None:
+        call = self._next(place)
+        while call is not None:
+            following = self._finish(place, call)
+            del call  # or its answer would live until there is another one
+            call = following or self._next(place)
 
-    def _replace(self, dead: Worker) -> Worker:
-        dead.kill()
+    def _next(self, place: int, wait: bool = True) -> _Call | None:
+        """The call that the worker has begun; None if there is none, or will be none."""
+        while True:
+            try:
+                call = self._calls.get(wait)
+            except queue.Empty:
+                return None
+            if call is None:
+                self._calls.put(None)  # for the others
+                return None
+            if not call.answer.set_running_or_notify_cancel():
+                continue
+            try:
+                if self._workers[place].send(call.order):
+                    return call
+                call.answer.set_result(Died("was not ready before its order was dropped"))
+            except Exception as error:
+                call.answer.set_exception(error)
+
+    def _finish(self, place: int, call: _Call) -> _Call | None:
+        """Give the answer. The worker is at its next order by then, if there is one: giving may take a while."""
+        worker = self._workers[place]
+        try:
+            give = partial(call.answer.set_result, worker.answer())
+        except Exception as error:
+            give = partial(call.answer.set_exception, error)
+        following = None
+        if worker.lost:  # it would be a while until another one is ready
+            self._replace(place)
+        else:
+            following = self._next(place, wait=False)
+        give()
+        return following
+
+    def _replace(self, place: int) -> None:
+        self._workers[place].kill()
         with self._changing:  # or a crew that closes would leave the new one behind
-            if self._closed:
-                return dead
-            fresh = Worker(self._program, self._assignment)  # gets ready while the work goes on
-            self._workers[self._workers.index(dead)] = fresh
-        return fresh
+            if not self._closed:
+                self._workers[place] = Worker(self._program, self._assignment)
 
     def kill_busy(self) -> None:
         """Kill the workers that are at an order, which are then replaced; those getting ready for one never begin."""
-        idle = set[Worker]()
-        while not self._idle.empty():
-            idle.add(self._idle.get())
-        for worker in self._workers:
-            if worker in idle:
-                self._idle.put(worker)
-            else:
-                worker.drop()
+        for worker in list(self._workers):
+            worker.drop()
 
     def close(self) -> None:
         with self._changing:
             self._closed = True
         for worker in self._workers:
             worker.kill()
-        self._threads.shutdown(cancel_futures=True)
+        while not self._calls.empty():
+            if (call := self._calls.get()) is not None:
+                call.answer.cancel()
+        self._calls.put(None)
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join()

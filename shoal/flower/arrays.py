@@ -18,14 +18,15 @@ from typing import Any
 import numpy as np
 from flwr.app import Array, ArrayRecord, RecordDict
 
-from shoal.simulations.crew import PicklerOfTensors
-
-__all__ = ["Lent", "Packed", "PicklerOfArrays", "bytes_of", "lent_in", "pack", "quick_arrays", "unpack", "view"]
+__all__ = ["NEW", "Lent", "Packed", "bytes_of", "lent", "lent_in", "pack", "quick_arrays", "unpack", "view"]
 
 MAGIC = b"\x93NUMPY\x01\x00"  # of version 1.0, which NumPy takes unless a header is very long
 NUMPY = "numpy.ndarray"
 Packed = tuple[bytes, list[Any]]  # a pickle, and the bytes that it has left outside
-_numpy, _from_numpy = (Array.__dict__[name] for name in ("numpy", "from_numpy_ndarray"))
+FIELDS = ("dtype", "shape", "stype", "data")
+_init, _numpy, _from_numpy = (Array.__dict__[name] for name in ("__init__", "numpy", "from_numpy_ndarray"))
+# What flwr notes of a new array beside its fields.
+NEW = {name: value for name, value in Array("", (), "", b"").__dict__.items() if name not in FIELDS}
 
 
 @lru_cache(1024)
@@ -101,6 +102,28 @@ def view(array: Array) -> np.ndarray | None:
     return np.frombuffer(data, layout[0], offset=start).reshape(layout[1])
 
 
+def _array(cls: type[Array], dtype: str, shape: tuple[int, ...], stype: str, data: bytes) -> Array:
+    made = cls.__new__(cls)
+    made.__dict__.update(NEW, dtype=dtype, shape=shape, stype=stype, data=data)
+    return made
+
+
+def _begin(array: Array, *args: Any, **given: Any) -> None:
+    """``Array(…)``: its four fields, or what flwr must look at."""
+    fields: Any = args if args else tuple(given.get(name) for name in FIELDS)
+    if len(fields) == len(args) + len(given) == 4 and _plain(*fields):
+        array.__dict__.update(NEW, **dict(zip(FIELDS, fields, strict=True)))
+    elif len(args) == 1 and not given and type(args[0]) is np.ndarray:
+        array.__dict__.update(_write(Array, args[0]).__dict__)
+    else:
+        _init(array, *args, **given)
+
+
+def _plain(dtype: object, shape: object, stype: object, data: object) -> bool:
+    right = type(dtype) is type(stype) is str and type(shape) is tuple and type(data) is bytes
+    return right and all(type(length) is int for length in shape)  # type: ignore[attr-defined]
+
+
 def _read(array: Array) -> np.ndarray:
     found = view(array)
     return _numpy(array) if found is None else found.copy()
@@ -111,18 +134,18 @@ def _write(cls: type[Array], ndarray: np.ndarray) -> Array:
     if not plain:
         return _from_numpy.__get__(None, cls)(ndarray)  # type: ignore[no-any-return]
     data = b"".join((_header(ndarray.dtype.str, ndarray.shape), ndarray.reshape(-1).view(np.uint8).data))
-    return Array(str(ndarray.dtype), tuple(ndarray.shape), NUMPY, data)
+    return _array(Array, str(ndarray.dtype), ndarray.shape, NUMPY, data)
 
 
 @contextmanager
 def quick_arrays() -> Iterator[None]:
     """Let all ``Array`` of this process read and write in this way."""
     patched: Any = Array
-    patched.numpy, patched.from_numpy_ndarray = _read, classmethod(_write)
+    patched.__init__, patched.numpy, patched.from_numpy_ndarray = _begin, _read, classmethod(_write)
     try:
         yield
     finally:
-        patched.numpy, patched.from_numpy_ndarray = _numpy, _from_numpy
+        patched.__init__, patched.numpy, patched.from_numpy_ndarray = _init, _numpy, _from_numpy
 
 
 # --- from process to process -----------------------------------------------------------------------------------------
@@ -132,32 +155,21 @@ def _made(dtype: str, shape: tuple[int, ...], stype: str, data: Any) -> Array:
     return Array(dtype, shape, stype, data if type(data) is bytes else bytes(data))
 
 
-def _lent(dtype: str, shape: tuple[int, ...], stype: str, data: Any) -> Array:
+def lent(dtype: str, shape: tuple[int, ...], stype: str, data: Any) -> Array:
+    """An array of these fields; over ``data`` where that is not ``bytes`` of its own."""
     if type(data) is bytes:
-        return Array(dtype, shape, stype, data)
+        return _array(Array, dtype, shape, stype, data)
     return Lent(dtype, shape, stype, np.frombuffer(data, np.uint8))
 
 
-def _parts(array: Array) -> tuple[Any, ...]:
-    return array.dtype, array.shape, array.stype, pickle.PickleBuffer(bytes_of(array))
-
-
 def _reduce(array: Array) -> tuple[Any, ...]:
-    return _made, _parts(array)
+    return _made, (array.dtype, array.shape, array.stype, pickle.PickleBuffer(bytes_of(array)))
 
 
 class _Pickler(pickle.Pickler):
     """Leaves the bytes of arrays outside."""
 
     dispatch_table = {**dispatch_table, Array: _reduce, Lent: _reduce}  # noqa: RUF012  (pickle reads it from the class)
-
-
-class PicklerOfArrays(PicklerOfTensors):
-    """For answers in memory that is lent: there arrays are :class:`Lent`."""
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.dispatch_table |= {Array: lambda array: (_lent, _parts(array))}
 
 
 def pack(thing: object) -> Packed:

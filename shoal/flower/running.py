@@ -24,7 +24,7 @@ from flwr.app import Context
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
-from shoal.client.process import cores, keep_memory
+from shoal.client.process import collecting_less, cores, keep_memory
 from shoal.flower.app import App, FlowerApp, GivenApp, Scalar, changed
 from shoal.flower.arrays import quick_arrays
 from shoal.flower.compat import SERVER, context, empty_run, identify, logging_to
@@ -152,11 +152,11 @@ class Play:
             identify(self.run_id)
             workers = stack.enter_context(closing(self._workers())) if self.workers and not self.on_ray else None
             server = self.app.server_app()  # while they start
-            if workers is None:
-                yield server, stack.enter_context(closing(self.stage()))
-            else:
+            stage = workers or stack.enter_context(closing(self.stage()))
+            if workers is not None:
                 workers.ready()
-                yield server, workers
+            stack.enter_context(collecting_less())
+            yield server, stage
 
     def _workers(self) -> Workers:
         assert self.workers

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flwr.app import ArrayRecord
+from flwr.app import ArrayRecord, RecordDict
 from flwr.serverapp.strategy import Result, Strategy
 
 from shoal.flower.grid import Nodes
@@ -40,7 +40,8 @@ class Session:
         self._model = dict[str, Any]()
         self.round = self._written = 0 if point is None else int(point["round"])  # the last whole round
         self.no_resume = "the app's server has a loop of its own, not Strategy.start of Flower's message API"
-        self._of_nodes = dict[int, Kept]()  # as they were after the last whole round
+        self._of_nodes = dict[int, Kept]()  # as they were at the last point
+        self._since = dict[int, tuple[int, RecordDict]]()  # those that have had turns since, after the last whole round
         if point is not None:
             for name, (turns, state) in point["nodes"].items():
                 nodes[name].turns, nodes[name].context.state = turns, state
@@ -82,11 +83,11 @@ class Session:
             self._write()
 
     def _keep_nodes(self) -> None:
-        """Those that had a turn in the round: there may be many others."""
+        """Those that had a turn in the round: there may be many others. Each turn leaves a state of its own."""
         changed, self._nodes.changed = self._nodes.changed, set()
         for name in changed:
             node = self._nodes[name]
-            self._of_nodes[name] = Kept.of([node.turns, node.context.state], f"{name}/")
+            self._since[name] = node.turns, node.context.state
 
     def arrays(self, arrays: dict[str, np.ndarray]) -> None:
         self._model = arrays
@@ -106,6 +107,8 @@ class Session:
 
     def _write(self) -> None:
         if self._last is not None and not self.no_resume and self.round != self._written:
+            since, self._since = self._since, {}
+            self._of_nodes |= {name: Kept.of(list(node), f"{name}/") for name, node in since.items()}
             write(self._folder.path / POINT, self._last, self._of_nodes)
             self._written = self.round
 
@@ -116,7 +119,7 @@ def random_states() -> dict[str, Any]:
     kind, keys, *rest = np.random.get_state()
     torch = sys.modules.get("torch")
     return {
-        "python": [version, list(internal), gauss],
+        "python": [version, np.array(internal, np.uint32), gauss],
         "numpy": [kind, keys, *rest],
         "torch": None if torch is None else torch.get_rng_state().numpy(),
     }
@@ -125,7 +128,7 @@ def random_states() -> dict[str, Any]:
 def restore_random(kept: dict[str, Any]) -> None:
     """The inverse of :func:`random_states`."""
     version, internal, gauss = kept["python"]
-    random.setstate((version, tuple(internal), gauss))
+    random.setstate((version, tuple(np.asarray(internal).tolist()), gauss))
     np.random.set_state(tuple(kept["numpy"]))
     if kept["torch"] is not None:
         import torch  # the app had it at that point

@@ -28,6 +28,7 @@ from shoal.flower.arrays import Lent, lent_in, unpack
 from shoal.flower.arrays import pack as pack_arrays
 from shoal.flower.compat import APP_RAISED, CRASHED, message_from
 from shoal.flower.drawing import generators_kept, seed_all
+from shoal.flower.flat import full
 from shoal.flower.turns import Answer, Turn, copied, failed, play
 from shoal.simulations.answers import Answer as Packed
 from shoal.simulations.answers import Answers
@@ -235,7 +236,7 @@ class Workers:
 
     def _opened(self, packed: Packed, memory: SharedMemory | None) -> Answer:
         """The answer, large arrays in the memory that was lent; but a node's state stays, and has bytes of its own."""
-        answer: Answer = self._answers.open(packed, memory)
+        answer = full(self._answers.open(packed, memory))
         if packed.places and answer.state is not None:
             for array in lent_in(answer.state):
                 array.own()

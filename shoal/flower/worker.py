@@ -13,18 +13,20 @@ from typing import Any, TypeVar
 from flwr.app import RecordDict
 from flwr.clientapp import ClientApp
 
-from shoal.client.process import answers_on, jobs_on
-from shoal.flower.arrays import PicklerOfArrays, quick_arrays
+from shoal.client.process import answers_on, collecting_less, jobs_on
+from shoal.flower.arrays import quick_arrays
 from shoal.flower.compat import identify, message_from
 from shoal.flower.drawing import seed_all
+from shoal.flower.flat import flat
 from shoal.flower.records import quick_records
 from shoal.flower.stage import Order
-from shoal.flower.turns import Turn, copied, failed, play
+from shoal.flower.turns import Answer, Turn, copied, failed, play
 from shoal.flower.uncompiled import compiler_later
 from shoal.protos.errors import ExperimentError, ShoalError
-from shoal.simulations.answers import Answer, pack
+from shoal.simulations import answers as messages
 from shoal.simulations.crew import read, write
 from shoal.simulations.packing import unpack
+from shoal.simulations.shared import SharedMemory
 
 __all__ = ["answered", "loaded", "main"]
 
@@ -42,6 +44,7 @@ def main() -> None:
             app = loaded(lambda: unpack(orders), modules)
         except EOFError:
             return
+        modules.enter_context(collecting_less())
         write(answers, app if isinstance(app, ShoalError) else "ready")
         path, content = None, RecordDict()  # what was sent last, often to many nodes
         while isinstance(app, ClientApp):
@@ -54,13 +57,16 @@ def main() -> None:
                     import_module(together)
                 write(answers, None)
                 continue
-            began, found = time.perf_counter(), list[Answer]()
+            began, found = time.perf_counter(), list[messages.Answer]()
             for order in together:
                 if order.content.path != path:
                     path, content = order.content.path, order.content.open()
-                packer = partial(pack, memory=order.memory, pickler=PicklerOfArrays)
-                found.append(answered(app, order.turn, content, packer))
+                found.append(answered(app, order.turn, content, partial(_pack, order.memory)))
             write(answers, (time.perf_counter() - began, found))
+
+
+def _pack(memory: SharedMemory | None, answer: Answer) -> messages.Answer:
+    return messages.pack(flat(answer), memory)
 
 
 def loaded(load: Callable[[], tuple[Any, int]], modules: ExitStack) -> ClientApp | ShoalError:
@@ -82,7 +88,7 @@ def loaded(load: Callable[[], tuple[Any, int]], modules: ExitStack) -> ClientApp
         return ExperimentError(f"a worker process cannot load the ClientApp: {type(error).__name__}: {error}")
 
 
-def answered(app: ClientApp, turn: Turn, content: RecordDict, pack: Callable[[object], T]) -> T:
+def answered(app: ClientApp, turn: Turn, content: RecordDict, pack: Callable[[Answer], T]) -> T:
     """The answer of one turn, packed; ``content`` stays as it is."""
     seed_all(turn.seed)
     answer = play(app, turn, copied(content))

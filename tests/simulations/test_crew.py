@@ -36,7 +36,9 @@ def test_an_order_dropped_while_its_worker_gets_ready_costs_that_order_alone() -
             crew._workers[0].process.kill()
             assert crew.submit(order).result() == Died("killed by signal 9")
             dropped = crew.submit(order)
-            while not crew._idle.empty():  # until the one that takes its place has the order, while it is starting
+            while (
+                crew._workers[0]._does != "prepare"
+            ):  # until the one that takes its place has the order, while it is starting
                 pass
             crew.kill_busy()
 
