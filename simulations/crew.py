@@ -12,10 +12,9 @@ import queue
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from functools import partial
 from typing import IO, TYPE_CHECKING, Any, Literal, cast
 
 from shoal.client.process import answers_on, command, environment, fate, jobs_on
@@ -109,9 +108,12 @@ class Worker:
             raise answer
         self._assignment = None
 
+    def prepare(self) -> None:
+        """It is about to be sent an order."""
+        self._does = "prepare"
+
     def send(self, order: object) -> bool:
         """Let it begin as soon as it is ready. False if the order was dropped before."""
-        self._does = "prepare"
         self.ready()
         with self._changing:
             begins = self._does == "prepare"
@@ -132,7 +134,7 @@ class Worker:
                 self._does = "nothing"
 
     def drop(self) -> None:
-        """Nobody waits any more for the answer to its order: kill it, unless it is not ready yet to begin."""
+        """Nobody waits any more for the answer to its order: kill it, or let it forget what it has not begun."""
         with self._changing:
             if self._does == "work":
                 self._killed = True
@@ -167,6 +169,7 @@ class Crew:
         self._workers = [Worker(program, assignment) for _ in range(workers)]
         self._changing, self._closed = threading.Lock(), False
         self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
+        self._begun = dict[Future[Any], Worker]()
         self._threads = [
             threading.Thread(target=self._drive, args=[place], name=f"shoal-worker-{place}", daemon=True)
             for place in range(workers)
@@ -208,26 +211,35 @@ class Crew:
                 return None
             if not call.answer.set_running_or_notify_cancel():
                 continue
+            worker = self._workers[place]
+            with self._changing:
+                self._begun[call.answer] = worker
+                worker.prepare()
             try:
-                if self._workers[place].send(call.order):
+                if worker.send(call.order):
                     return call
-                call.answer.set_result(Died("was not ready before its order was dropped"))
+                found: Any = Died("was not ready before its order was dropped")
             except Exception as error:
-                call.answer.set_exception(error)
+                found = error
+            with self._changing:
+                del self._begun[call.answer]
+            _give(call.answer, found)
 
     def _finish(self, place: int, call: _Call) -> _Call | None:
         """Give the answer. The worker is at its next order by then, if there is one: giving may take a while."""
         worker = self._workers[place]
         try:
-            give = partial(call.answer.set_result, worker.answer())
+            found = worker.answer()
         except Exception as error:
-            give = partial(call.answer.set_exception, error)
+            found = error
+        with self._changing:  # from now on nobody kills it for this order
+            del self._begun[call.answer]
         following = None
         if worker.lost:  # it would be a while until another one is ready
             self._replace(place)
         else:
             following = self._next(place, wait=False)
-        give()
+        _give(call.answer, found)
         return following
 
     def _replace(self, place: int) -> None:
@@ -236,10 +248,11 @@ class Crew:
             if not self._closed:
                 self._workers[place] = Worker(self._program, self._assignment)
 
-    def kill_busy(self) -> None:
-        """Kill the workers that are at an order, which are then replaced; those getting ready for one never begin."""
-        for worker in list(self._workers):
-            worker.drop()
+    def kill(self, answers: Collection[Future[Any]]) -> None:
+        """Kill the workers that are at these orders, which are then replaced; who gets ready for one never begins."""
+        with self._changing:
+            for worker in filter(None, map(self._begun.get, answers)):
+                worker.drop()
 
     def close(self) -> None:
         with self._changing:
@@ -253,3 +266,10 @@ class Crew:
         for thread in self._threads:
             if thread.is_alive():
                 thread.join()
+
+
+def _give(answer: Future[Any], found: Any) -> None:
+    if isinstance(found, Exception):
+        answer.set_exception(found)
+    else:
+        answer.set_result(found)

@@ -73,14 +73,14 @@ class Pool:
                 done, _ = wait(running, timeout=patience, return_when=FIRST_COMPLETED)
                 if not done:
                     overdue = True  # once: what is running then is a replacement on its way
-                    self._crew.kill_busy()
+                    self._crew.kill(running)
                 for future in done:
                     job, lent = running.pop(future)
                     yield job, self._opened(future.result(), lent)
         except BaseException:
             for future in running:
                 future.cancel()
-            self._crew.kill_busy()  # the caller has lost interest: nothing may linger on an old round
+            self._crew.kill(running)  # the caller has lost interest: nothing may linger on an old round
             raise
 
     def _opened(self, answer: Any, lent: SharedMemory | None) -> Result | Died:

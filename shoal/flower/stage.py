@@ -38,7 +38,8 @@ from shoal.simulations.shared import SharedBytes, SharedMemory
 
 __all__ = ["InProcess", "Order", "SharedContent", "Stage", "Workers", "give", "opened"]
 
-QUANTUM, MOST = 0.005, 32  # seconds, and turns, of one call
+QUANTUM, LEAST, MOST = 0.005, 0.002, 32  # seconds that one call takes, at least if others wait; and its turns
+PATIENCE = 1.0  # seconds that turns wait for one that is in their call
 
 
 class Stage(Protocol):
@@ -129,7 +130,7 @@ class Order:
 
 @dataclass(eq=False)
 class _Ask:
-    """A turn and its answer to come. One is ``alone`` if a process was lost that had it among others.
+    """A turn and its answer to come. One is ``alone`` if it may keep others waiting, or if a process was lost with it.
 
     While a worker has it ``memory`` is lent for the answer's arrays.
     """
@@ -140,6 +141,11 @@ class _Ask:
     alone: bool = False
     memory: SharedMemory | None = None
 
+    @property
+    def kind(self) -> tuple[str, int]:
+        """What is asked of which node."""
+        return self.turn.metadata.message_type, self.turn.context.node_id
+
     def order(self, memory: SharedMemory | None) -> Order:
         self.memory = memory
         return Order(self.turn, self.content, memory)
@@ -148,15 +154,17 @@ class _Ask:
 class Workers:
     """``workers`` processes, each with this app.
 
-    Turns that take less than it takes to ask for them go several at a time, so many that these take ``QUANTUM``.
+    Turns that take less than it takes to ask for them go several at a time, so many that these take ``QUANTUM``. If one
+    of these takes longer than ``PATIENCE``, or for ever, they begin again, each alone.
     """
 
     def __init__(self, app: App, run_id: int, workers: int) -> None:
         packed, self._data = pack((app, run_id))
         self._waiting, self._changing = deque[_Ask](), threading.RLock()
         self._calls = dict[Future[Any], list[_Ask]]()
-        self._bystanders, self._closed, self._held = set[Future[Any]](), False, 0
-        self._workers, self._seconds = workers, QUANTUM  # that a turn takes
+        self._over, self._held = threading.Event(), 0
+        self._workers, self._seconds = workers, dict[str, float]()  # that a turn takes, by what is asked
+        self._apart = set[tuple[str, int]]()  # turns that have taken long, or a process with them
         self._answers, self._lent = Answers(), list[weakref.ref[Lent]]()
         self._crew = Crew("shoal.flower.worker", packed, workers)
         self._herald = _Herald(self._crew, workers)
@@ -164,6 +172,7 @@ class Workers:
     def ready(self) -> None:
         """Wait until all processes have the app; ExperimentError says why one cannot load it."""
         self._crew.ready()
+        threading.Thread(target=self._watch, name="shoal-watch", daemon=True).start()
         if "torch" not in sys.modules:
             sys.meta_path.insert(0, self._herald)
 
@@ -178,6 +187,7 @@ class Workers:
     def submit(self, turn: Turn, published: SharedContent) -> Future[Answer]:
         ask = _Ask(turn, published)
         with self._changing:
+            ask.alone = ask.kind in self._apart
             self._waiting.append(ask)
         self._begin()
         return ask.answer
@@ -198,7 +208,7 @@ class Workers:
         """Give the crew what waits: one call more than a worker does at a time, so that none waits for this process."""
         while True:
             with self._changing:
-                if not self._waiting or self._closed or self._held or len(self._calls) >= 2 * self._workers:
+                if not self._waiting or self._over.is_set() or self._held or len(self._calls) >= 2 * self._workers:
                     return
                 asks = self._some()
                 call = self._crew.submit([ask.order(self._answers.lend()) for ask in asks])
@@ -206,11 +216,14 @@ class Workers:
             call.add_done_callback(self._done)
 
     def _some(self) -> list[_Ask]:
-        # No more than its share: who hangs keeps those waiting that are in the same call.
-        fair = -(-len(self._waiting) // (2 * self._workers))
-        most = min(fair, MOST, QUANTUM / self._seconds)
-        asks = [self._waiting.popleft()]
-        while len(asks) < most and not (asks[0].alone or self._waiting[0].alone):
+        fair, first = -(-len(self._waiting) // (2 * self._workers)), self._waiting.popleft()
+        asks, kind = [first], first.kind[0]
+        seconds = self._seconds.get(kind, QUANTUM)
+        least = LEAST / seconds if fair > 1 else 1
+        most = 1 if first.alone else min(max(fair, least), MOST, QUANTUM / seconds)
+        while len(asks) < most and self._waiting:
+            if self._waiting[0].alone or self._waiting[0].kind[0] != kind:
+                break
             asks.append(self._waiting.popleft())
         return asks
 
@@ -218,21 +231,39 @@ class Workers:
         found: Any = Died("cancelled") if call.cancelled() else call.exception() or call.result()
         lost = isinstance(found, Died | Exception)
         with self._changing:
-            asks, innocent = self._calls.pop(call), call.cancelled() or call in self._bystanders
-            self._bystanders.discard(call)
-            again = lost and (innocent or len(asks) > 1)
+            asks = self._calls.pop(call)
+            again = lost and (call.cancelled() or len(asks) > 1)
             for ask in asks if lost else ():
                 self._answers.back(ask.memory)
             if again:
                 for ask in asks:
-                    ask.alone = ask.alone or not innocent
+                    ask.alone = ask.alone or not call.cancelled()
                 self._waiting.extendleft(ask for ask in reversed(asks) if not ask.answer.cancelled())
-            elif not lost:
-                self._seconds, found = max(1e-6, found[0] / len(asks)), found[1]
+            else:
+                self._learn(asks, None if lost else found[0])
         if not again:
-            for ask, answer in zip(asks, [found] * len(asks) if lost else found, strict=True):
+            answers = [found] * len(asks) if lost else found[1]
+            for ask, answer in zip(asks, answers, strict=True):
                 give(ask.answer, opened(answer, ask.turn, partial(self._opened, memory=ask.memory)))
         self._begin()
+
+    def _learn(self, asks: Sequence[_Ask], seconds: float | None) -> None:
+        """How long turns take, and which must go alone: ``seconds`` is None if their process was lost."""
+        first = asks[0]
+        if len(asks) == 1 and (seconds is None or seconds > PATIENCE):
+            self._apart.add(first.kind)
+        elif first.alone:
+            self._apart.discard(first.kind)
+        if seconds is not None and not first.alone:
+            self._seconds[first.kind[0]] = max(1e-6, seconds / len(asks))
+
+    def _watch(self) -> None:
+        before = set[Future[Any]]()
+        while not self._over.wait(PATIENCE):
+            with self._changing:
+                running = {call for call, asks in self._calls.items() if len(asks) > 1 and call.running()}
+            self._crew.kill(running & before)
+            before = running - before
 
     def _opened(self, packed: Packed, memory: SharedMemory | None) -> Answer:
         """The answer, large arrays in the memory that was lent; but a node's state stays, and has bytes of its own."""
@@ -251,14 +282,12 @@ class Workers:
         with self._changing:
             self._waiting = deque(ask for ask in self._waiting if not ask.answer.cancelled())
             hit = [call for call, asks in self._calls.items() if any(ask.answer.cancelled() for ask in asks)]
+            self._apart |= {ask.kind for call in hit for ask in self._calls[call] if ask.answer.cancelled()}
         begun = [call for call in hit if not call.cancel()]  # those that are cancelled are done, and begin again
-        with self._changing:
-            if any(not call.done() for call in begun):
-                self._bystanders.update(call for call in self._calls if call.running())
-                self._crew.kill_busy()
+        self._crew.kill(begun)
 
     def close(self) -> None:
-        self._closed = True
+        self._over.set()
         self._herald.rest()
         self._crew.close()
         self._data.close()

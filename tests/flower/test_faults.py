@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections.abc import Sequence
+from concurrent.futures import Future
 from contextlib import closing
 from typing import Any
 
@@ -18,7 +20,7 @@ from shoal.cli import app as command
 from shoal.flower.app import GivenApp
 from shoal.flower.compat import context, identify, name_message
 from shoal.flower.stage import Workers
-from shoal.flower.turns import Turn
+from shoal.flower.turns import Answer, Turn
 from shoal.protos.errors import RunError
 from tests.flower.conftest import APPS, Play
 
@@ -111,3 +113,39 @@ def test_who_waits_behind_a_client_that_hangs_is_played_by_another_process() -> 
         answer = asked[1].result(timeout=60)
 
     assert asked[0].cancelled() and not answer.reason
+
+
+@pytest.mark.slow
+def test_who_shares_a_call_with_a_client_that_hangs_begins_again() -> None:
+    """Turns as short as these go together, to one of two processes."""
+
+    def sleep_at_node_2(message: Message, context: Context) -> Message:
+        time.sleep(600.0 if context.node_id == 2 and message.content else 0.0)
+        return Message(message.content, reply_to=message)
+
+    app = ClientApp()
+    app.query()(sleep_at_node_2)
+    identify(1)
+    with closing(Workers(GivenApp(None, app), 1, 2)) as stage:
+        stage.ready()
+
+        def ask(nodes: Sequence[int], content: RecordDict) -> list[Future[Answer]]:
+            published = stage.publish(content)
+            with stage.together():
+                return [stage.submit(turn(node), published) for node in nodes]
+
+        def turn(node: int) -> Turn:
+            message = Message(RecordDict(), node, "query")
+            name_message(message, f"{node}")
+            return Turn(message.metadata, context(1, node, {}, {}), 0)
+
+        for node in range(20):
+            assert not ask([node], RecordDict())[0].result(timeout=60).reason
+        asked = ask(range(10), RecordDict({"c": ConfigRecord()}))
+        late = asked.pop(2)
+        assert not any(future.result(timeout=60).reason for future in asked)
+        stage.abandon([late])
+        asked = ask([2, 3], RecordDict())
+        assert not any(future.result(timeout=60).reason for future in asked)
+
+    assert late.cancelled()

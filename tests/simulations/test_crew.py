@@ -40,7 +40,7 @@ def test_an_order_dropped_while_its_worker_gets_ready_costs_that_order_alone() -
                 crew._workers[0]._does != "prepare"
             ):  # until the one that takes its place has the order, while it is starting
                 pass
-            crew.kill_busy()
+            crew.kill([dropped])
 
             assert isinstance(dropped.result(), Died)
             assert not isinstance(crew.submit(order).result(), Died)
