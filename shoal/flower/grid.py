@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -45,16 +45,30 @@ class Nodes(dict[int, Node]):
         self.changed = set[int]()
 
 
+class _Waiter:
+    """Somebody who waits for so many answers."""
+
+    def __init__(self, left: int) -> None:
+        self._left, self.over = left, threading.Event()
+
+    def count(self) -> None:
+        """One answer has come; one thread at a time may say so."""
+        self._left -= 1
+        if not self._left:
+            self.over.set()
+
+
 @dataclass(eq=False)
 class _Pending:
-    """A message on its way."""
+    """A message on its way, and later its answer."""
 
     message: Message
     published: Any
     round: int
     client: str
-    answer: Future[Answer] = field(default_factory=Future)
+    answer: Answer | None = None
     playing: Future[Answer] | None = None
+    waiter: _Waiter | None = None
 
 
 class ShoalGrid(Grid):
@@ -84,6 +98,9 @@ class ShoalGrid(Grid):
         return list(self.nodes)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        return [pending.message.metadata.message_id for pending in self._push(messages)]
+
+    def _push(self, messages: Iterable[Message]) -> list[_Pending]:
         messages, published = list(messages), dict[int, Any]()
         nodes = [self._node(message) for message in messages]
         for message in messages:
@@ -100,7 +117,7 @@ class ShoalGrid(Grid):
         with self._stage.together():
             for node in nodes:
                 self._next(node)
-        return [pending.message.metadata.message_id for pending in sent]
+        return sent
 
     def _node(self, message: Message) -> Node:
         found = self.nodes.get(message.metadata.dst_node_id)
@@ -136,21 +153,38 @@ class ShoalGrid(Grid):
                 try:  # whoever watches must not keep the strategy from its reply
                     self._ledger.answer(pending.round, pending.client, node.context.node_id, answer)
                 finally:
-                    pending.answer.set_result(answer)
+                    pending.answer = answer
+                    if pending.waiter is not None:
+                        pending.waiter.count()
         self._next(node)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        replies = list[Message]()
         with self._lock:
-            done = [name for name in message_ids if name in self._pending and self._pending[name].answer.done()]
-            return [self._pending.pop(name).answer.result().reply for name in done]
+            for name in message_ids:
+                pending = self._pending.get(name)
+                if pending is not None and pending.answer is not None:
+                    replies.append(pending.answer.reply)
+                    del self._pending[name]
+        return replies
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """Replies in the order of their messages; who has not answered in time is left out, and ended."""
-        names = list(self.push_messages(messages))
-        wait([self._pending[name].answer for name in names], timeout=timeout)
+        sent = self._push(messages)
+        self._wait(sent, timeout)
+        names = [pending.message.metadata.message_id for pending in sent]
         replies = list(self.pull_messages(names))
         self._abandon([name for name in names if name in self._pending])
         return replies
+
+    def _wait(self, sent: Sequence[_Pending], timeout: float | None) -> None:
+        with self._lock:
+            playing = [pending for pending in sent if pending.answer is None]
+            waiter = _Waiter(len(playing))
+            for pending in playing:
+                pending.waiter = waiter
+        if playing:
+            waiter.over.wait(timeout)
 
     def _abandon(self, names: Sequence[str]) -> None:
         """Nobody can ask for these replies any more."""
