@@ -40,8 +40,9 @@ class PicklerOfTensors(pickle.Pickler):
     def __init__(
         self, file: IO[bytes], protocol: int, buffer_callback: Callable[[pickle.PickleBuffer], Any] | None = None
     ) -> None:
-        torch = sys.modules.get("torch")  # where nobody has imported it there are no tensors
-        self.dispatch_table: dict[type, Callable[[Any], Any]] = {} if torch is None else {torch.Tensor: _reduce}
+        # Where nobody has imported PyTorch, or another thread is at it, there are no tensors.
+        tensor = getattr(sys.modules.get("torch"), "Tensor", None)
+        self.dispatch_table: dict[type, Callable[[Any], Any]] = {} if tensor is None else {tensor: _reduce}
         super().__init__(file, protocol, buffer_callback=buffer_callback)
 
 

@@ -27,8 +27,8 @@ class _ByValuePickler(cloudpickle.Pickler):  # type: ignore[misc]
     def __init__(self, file: IO[bytes]) -> None:
         super().__init__(file, protocol=5)
         self.shared: dict[str, Tensor] = {}
-        torch = sys.modules.get("torch")  # where nobody has imported it there are no tensors
-        self._tensor = None if torch is None else torch.Tensor
+        # Where nobody has imported PyTorch, or another thread is at it, there are no tensors.
+        self._tensor = getattr(sys.modules.get("torch"), "Tensor", None)
 
     def persistent_id(self, thing: Any) -> str | None:
         if type(thing) is not self._tensor or thing.nbytes < SHARE_FROM or thing.device.type != "cpu":

@@ -42,10 +42,11 @@ def _layout(header: bytes) -> tuple[np.dtype[Any], tuple[int, ...]] | None:
 
 
 @lru_cache(1024)
-def _header(dtype: str, shape: tuple[int, ...]) -> bytes:
+def _header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> tuple[str, bytes]:
+    """What flwr calls the dtype, and how the file of such an array begins."""
     file = BytesIO()
-    np.lib.format.write_array_header_1_0(file, {"descr": dtype, "fortran_order": False, "shape": shape})
-    return file.getvalue()
+    np.lib.format.write_array_header_1_0(file, {"descr": dtype.str, "fortran_order": False, "shape": shape})
+    return str(dtype), file.getvalue()
 
 
 class Lent(Array):
@@ -133,8 +134,8 @@ def _write(cls: type[Array], ndarray: np.ndarray) -> Array:
     plain = type(ndarray) is np.ndarray and ndarray.dtype.kind in "biufc" and ndarray.flags.c_contiguous
     if not plain:
         return _from_numpy.__get__(None, cls)(ndarray)  # type: ignore[no-any-return]
-    data = b"".join((_header(ndarray.dtype.str, ndarray.shape), ndarray.reshape(-1).view(np.uint8).data))
-    return _array(Array, str(ndarray.dtype), ndarray.shape, NUMPY, data)
+    name, header = _header(ndarray.dtype, ndarray.shape)
+    return _array(Array, name, ndarray.shape, NUMPY, b"".join((header, ndarray.reshape(-1).view(np.uint8).data)))
 
 
 @contextmanager

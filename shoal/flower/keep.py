@@ -60,13 +60,14 @@ class _Tensors(dict[str, np.ndarray]):
         return name
 
 
-def write(path: Path, content: Kept, nodes: Mapping[int, Kept]) -> None:
-    """A mapping, and what nodes have, which is kept apart because few of them change; whole or not at all."""
-    tensors = dict(content.tensors)
+def write(path: Path, content: Kept, results: Kept, nodes: Mapping[int, Kept]) -> None:
+    """Two mappings, and what nodes have, which is kept apart because few of them change; whole or not at all."""
+    tensors = content.tensors | results.tensors
     for kept in nodes.values():
         tensors |= kept.tensors
     of_nodes = ",".join(f'"{node}":{kept.header}' for node, kept in nodes.items())
-    write_whole(path, [save(tensors, metadata={"content": content.header, "nodes": f"{{{of_nodes}}}"})])
+    headers = {"content": content.header, "results": results.header, "nodes": f"{{{of_nodes}}}"}
+    write_whole(path, [save(tensors, metadata=headers)])
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -74,9 +75,9 @@ def read(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, framework="np") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
-            content, nodes = (json.loads(file.metadata()[name]) for name in ("content", "nodes"))
+            content, results, nodes = (json.loads(file.metadata()[name]) for name in ("content", "results", "nodes"))
             kept = {int(node): _decoded(value, tensors) for node, value in nodes.items()}
-            return dict(_decoded(content, tensors)) | {"nodes": kept}
+            return {**_decoded(content, tensors), **_decoded(results, tensors), "nodes": kept}
     except Exception as error:  # of a Rust library, too
         raise RunError(f"{path} cannot be read ({error}); start the run anew") from error
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flwr.app import ArrayRecord, RecordDict
+from flwr.app import ArrayRecord, MetricRecord, RecordDict
 from flwr.serverapp.strategy import Result, Strategy
 
 from shoal.flower.grid import Nodes
@@ -36,6 +36,7 @@ class Session:
         self._every = every
         self._folder, self._nodes, self._show, self._point = folder, nodes, show, point
         self._last: Kept | None = None
+        self._results = dict[str, dict[int, MetricRecord]]()  # they grow with the rounds, and do not change
         self._begun = False
         self._model = dict[str, Any]()
         self.round = self._written = 0 if point is None else int(point["round"])  # the last whole round
@@ -72,15 +73,17 @@ class Session:
             "attributes": attributes(strategy),
             "arrays": arrays,
             "random": random_states(),
-            **{name: dict(getattr(result, name)) for name in METRICS},
         }
         try:
-            self._last = Kept.of(point)
+            self._last, self._results = Kept.of(point), {name: dict(getattr(result, name)) for name in METRICS}
             self._keep_nodes()
         except Unkeepable as error:
-            self.no_resume = f"its strategy keeps what Shoal cannot write down: {error}"
+            self._cannot_keep(error)
         if round % self._every == 0:
             self._write()
+
+    def _cannot_keep(self, error: Unkeepable) -> None:
+        self.no_resume = f"its strategy keeps what Shoal cannot write down: {error}"
 
     def _keep_nodes(self) -> None:
         """Those that had a turn in the round: there may be many others. Each turn leaves a state of its own."""
@@ -106,11 +109,17 @@ class Session:
             write_arrays(self._folder.path / "arrays.safetensors", arrays)
 
     def _write(self) -> None:
-        if self._last is not None and not self.no_resume and self.round != self._written:
-            since, self._since = self._since, {}
-            self._of_nodes |= {name: Kept.of(list(node), f"{name}/") for name, node in since.items()}
-            write(self._folder.path / POINT, self._last, self._of_nodes)
-            self._written = self.round
+        if self._last is None or self.no_resume or self.round == self._written:
+            return
+        try:
+            results = Kept.of(self._results, "results/")
+        except Unkeepable as error:
+            self._cannot_keep(error)
+            return
+        since, self._since = self._since, {}
+        self._of_nodes |= {name: Kept.of(list(node), f"{name}/") for name, node in since.items()}
+        write(self._folder.path / POINT, self._last, results, self._of_nodes)
+        self._written = self.round
 
 
 def random_states() -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,6 +38,36 @@ def test_arrays_are_flwrs_to_the_byte(array: np.ndarray) -> None:
     assert (read.dtype, read.shape) == (array.dtype, array.shape)
     assert read.flags.f_contiguous == array.flags.f_contiguous
     assert read.tobytes() == array.tobytes() and read.flags.writeable
+
+
+FIELDS = {"dtype": "float32", "shape": (2,), "stype": "numpy.ndarray", "data": b"12345678"}
+GIVEN: list[tuple[list[Any], dict[str, Any]]] = [
+    ([*FIELDS.values()], {}),
+    ([], FIELDS),
+    ([], {"ndarray": np.ones(3)}),
+    ([np.float64(3.0)], {}),
+    (["float32", [2], "numpy.ndarray", b"12345678"], {}),
+    (["float32", (2.0,), "numpy.ndarray", b"12345678"], {}),
+    (["float32", (2,), "numpy.ndarray", "12345678"], {}),
+    (["float32", (2,), "numpy.ndarray"], {"data": b"12345678"}),
+    (["float32", (2,), "numpy.ndarray", b"12345678"], {"data": b"12345678"}),
+    ([], FIELDS | {"ndarray": np.ones(3)}),
+    ([np.ones(3)], {"stype": "numpy.ndarray"}),
+    ([], {}),
+]
+
+
+@pytest.mark.parametrize(("args", "given"), GIVEN)
+def test_what_an_array_is_made_of(args: list[Any], given: dict[str, Any]) -> None:
+    def made() -> dict[str, Any] | str:
+        try:
+            return dict(Array(*args, **given).__dict__)
+        except Exception as error:
+            return type(error).__name__
+
+    flwrs = made()
+    with quick_arrays():
+        assert made() == flwrs
 
 
 @pytest.mark.parametrize("data", [b"", b"no array", Array(np.zeros(3)).data[:-1], Array(np.zeros(3)).data + b"x"])
