@@ -25,7 +25,7 @@ def diagnose(address: Address, tls: Path | None) -> str | None:
         connection = socket.create_connection((address.host, address.port), PATIENCE)
     except OSError as error:
         return (
-            f"nothing answers at {address} (TCP: {error.strerror or error}); start 'shoal server' there, or correct "
+            f"nothing answers at {address} (TCP: {error.strerror or error}); start the server there, or correct "
             f"the address or the firewall"
         )
     with connection:

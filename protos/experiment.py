@@ -15,16 +15,15 @@ from annotated_types import Ge, Gt, Le
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from shoal.protos.errors import ExperimentError, nearest
+from shoal.protos.overrides import override
 
 __all__ = [
     "Component",
     "Evaluation",
     "ExperimentFile",
     "lower_is_better",
-    "override",
     "parse",
     "read",
-    "value_of",
 ]
 
 LOWER_IS_BETTER = ("loss", "mae", "mse", "error")
@@ -119,31 +118,6 @@ def _explain(error: ValidationError) -> str:
         return f"key {key!r} is missing; the experiment file must set it"
     message = first["msg"].removeprefix("Value error, ")
     return f"key {key!r} is {first['input']!r}: {message[0].lower()}{message[1:]}"
-
-
-def override(content: dict[str, Any], change: str) -> None:
-    """Apply one ``key=value``, dotted as in the file; ExperimentError if it is none or does not fit."""
-    key, equals, text = change.partition("=")
-    steps = key.strip().split(".")
-    if not equals or not all(steps):
-        raise ExperimentError(f"override {change!r} is not of the form key=value, for example strategy.mu=0.1")
-    table = content
-    for step in steps[:-1]:
-        inner = table.setdefault(step, {})
-        # strategy = "fedavg" in the file, strategy.mu=0.1 here: the short form stands for {name = "fedavg"}.
-        table[step] = {"name": inner} if isinstance(inner, str) else inner
-        if not isinstance(table[step], dict):
-            raise ExperimentError(f"override {change!r}: {step!r} is {inner!r}, not a table")
-        table = table[step]
-    table[steps[-1]] = value_of(text.strip())
-
-
-def value_of(text: str) -> Any:
-    """A TOML value; what is none is a string, so that names need no quotes."""
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
 
 
 def lower_is_better(metric: str) -> bool:

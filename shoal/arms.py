@@ -18,7 +18,7 @@ import tomli_w
 
 from shoal.protos import registry
 from shoal.protos.errors import ExperimentError
-from shoal.protos.experiment import value_of
+from shoal.protos.overrides import value_of
 from shoal.strategies.base import Strategy
 
 __all__ = ["Arm", "alternatives", "arguments", "as_toml", "bounds", "parse", "read", "split", "written"]

@@ -210,7 +210,7 @@ def _there(path: Path) -> Path:
 
 
 def _arguments(options: Sequence[str]) -> dict[str, Any]:
-    from shoal.protos.experiment import override
+    from shoal.protos.overrides import override
 
     arguments: dict[str, Any] = {}
     for option in options:

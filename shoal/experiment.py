@@ -21,6 +21,7 @@ from shoal.protos import registry
 from shoal.protos.assignment import Assignment, portable
 from shoal.protos.errors import ExperimentError, nearest
 from shoal.protos.experiment import Component, Evaluation, ExperimentFile
+from shoal.protos.overrides import override
 from shoal.server.callbacks import Callback
 from shoal.simulations.datasets import Dataset, load
 from shoal.simulations.federated import FederatedData
@@ -121,7 +122,7 @@ class Experiment:
             if content.get(key, {}) is None:
                 raise ExperimentError(f"{change!r} changes '{key}', which only exists in Python; give it by name")
         for change in changes:
-            files.override(content, change)
+            override(content, change)
         file = files.parse({"model": "kept"} | {key: value for key, value in content.items() if value is not None})
         return replace(self, **{key: _made(key, file) for key in touched})
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from shoal.protos.errors import ExperimentError, nearest
-from shoal.protos.experiment import value_of
+from shoal.protos.overrides import value_of
 
 __all__ = ["App", "FlowerApp", "GivenApp", "Scalar", "changed"]
 

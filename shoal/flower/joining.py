@@ -15,7 +15,7 @@ from shoal.flower import check_version
 from shoal.flower.app import FlowerApp, Scalar
 from shoal.flower.places import PARTITION, said_of
 from shoal.protos.errors import ExperimentError
-from shoal.protos.experiment import value_of
+from shoal.protos.overrides import value_of
 from shoal.protos.transport import Address, check_exposure
 
 __all__ = ["Device", "config_of"]

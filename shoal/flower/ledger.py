@@ -181,7 +181,7 @@ def _named(message: Message) -> int | None:
 
 
 def numbers_of(content: RecordDict | MetricRecord | Mapping[str, Any] | None, prefix: str = "") -> dict[str, float]:
-    """The single numbers of a record, or of all metric records of a reply."""
+    """The single numbers of a record, or of all metric records of a reply; a name that has the prefix keeps it."""
     if content is None:
         return {}
     records: list[Any] = [content]
@@ -189,4 +189,9 @@ def numbers_of(content: RecordDict | MetricRecord | Mapping[str, Any] | None, pr
         records = [record for record in content.values() if isinstance(record, MetricRecord)]
     pairs = [(key, value) for record in records for key, value in record.items()]
     numbers = {key: value for key, value in pairs if isinstance(value, int | float)}
-    return {f"{prefix}{key.replace('-', '_')}": float(value) for key, value in numbers.items()}
+    named = {key.replace("-", "_"): float(value) for key, value in numbers.items()}
+
+    def has_it(name: str) -> bool:
+        return name.startswith(prefix) and name.removeprefix(prefix) not in named
+
+    return {name if has_it(name) else f"{prefix}{name}": value for name, value in named.items()}

@@ -139,7 +139,7 @@ def test_nobody_listens(client: Path, tls: bool) -> None:
     address = nowhere()
 
     assert said(address, client if tls else None) == (
-        f"nothing answers at {address} (TCP: Connection refused); start 'shoal server' there, or correct the "
+        f"nothing answers at {address} (TCP: Connection refused); start the server there, or correct the "
         f"address or the firewall"
     )
 

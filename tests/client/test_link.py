@@ -121,7 +121,7 @@ async def test_nothing_listens() -> None:
     address = nobody()
 
     assert await given_up(address) == (
-        f"nothing answers at {address} (TCP: Connection refused); start 'shoal server' there, or correct the "
+        f"nothing answers at {address} (TCP: Connection refused); start the server there, or correct the "
         f"address or the firewall"
     )
 

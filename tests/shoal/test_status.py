@@ -111,7 +111,7 @@ def test_nobody_listens() -> None:
         address = Address("127.0.0.1", door.getsockname()[1])
     with (
         looking(address, None) as ask,
-        pytest.raises(Unreachable, match=r"nothing answers at .*; start 'shoal server'"),
+        pytest.raises(Unreachable, match=r"nothing answers at .*; start the server"),
     ):
         ask()
 
