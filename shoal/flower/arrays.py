@@ -103,8 +103,9 @@ def view(array: Array) -> np.ndarray | None:
     return np.frombuffer(data, layout[0], offset=start).reshape(layout[1])
 
 
-def _array(cls: type[Array], dtype: str, shape: tuple[int, ...], stype: str, data: bytes) -> Array:
-    made = cls.__new__(cls)
+def _array(dtype: str, shape: tuple[int, ...], stype: str, data: bytes) -> Array:
+    """``Array(dtype, shape, stype, data)`` of what needs no checks."""
+    made = Array.__new__(Array)
     made.__dict__.update(NEW, dtype=dtype, shape=shape, stype=stype, data=data)
     return made
 
@@ -135,7 +136,7 @@ def _write(cls: type[Array], ndarray: np.ndarray) -> Array:
     if not plain:
         return _from_numpy.__get__(None, cls)(ndarray)  # type: ignore[no-any-return]
     name, header = _header(ndarray.dtype, ndarray.shape)
-    return _array(Array, name, ndarray.shape, NUMPY, b"".join((header, ndarray.reshape(-1).view(np.uint8).data)))
+    return _array(name, ndarray.shape, NUMPY, b"".join((header, ndarray.reshape(-1).view(np.uint8).data)))
 
 
 @contextmanager
@@ -159,7 +160,7 @@ def _made(dtype: str, shape: tuple[int, ...], stype: str, data: Any) -> Array:
 def lent(dtype: str, shape: tuple[int, ...], stype: str, data: Any) -> Array:
     """An array of these fields; over ``data`` where that is not ``bytes`` of its own."""
     if type(data) is bytes:
-        return _array(Array, dtype, shape, stype, data)
+        return _array(dtype, shape, stype, data)
     return Lent(dtype, shape, stype, np.frombuffer(data, np.uint8))
 
 
