@@ -32,7 +32,7 @@ from shoal.server.runs import RunFolder
 from shoal.simulations.session import Session
 from tests.flower.conftest import APPS, Play
 from tests.flower.test_apps import EXPECTED
-from tests.flower.test_faults import without_client_1
+from tests.flower.test_faults import without
 
 # Ray leaves pipes and processes to the garbage collector.
 pytestmark = [pytest.mark.filterwarnings("ignore::ResourceWarning"), pytest.mark.timeout(300)]  # Ray on a busy machine
@@ -100,7 +100,7 @@ def test_the_run_goes_on_without_the_client(how: str, workers: int, reason: str,
     failed = [3] if how == "hang" else [2, 3]
 
     assert done.status == "finished"
-    assert w == pytest.approx(without_client_1(failed[0]), rel=1e-12)
+    assert w == pytest.approx(without(1, failed), rel=1e-12)
     assert list(done.failures["round"]) == failed and set(done.failures.client) == {"1"}
     assert done.failures.reason.str.fullmatch(rf"client '1' \(node \d+\){reason}").all()
 

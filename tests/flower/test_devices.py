@@ -41,7 +41,7 @@ from shoal.server.orders import Denied, Event, Session
 from shoal.server.serving import Serving
 from tests.flower.conftest import APPS
 from tests.flower.test_apps import EXPECTED, TOLERANCES
-from tests.flower.test_faults import without_client_1
+from tests.flower.test_faults import without
 from tests.shoal.conftest import Process
 
 # --- whole runs -------------------------------------------------------------------------------------------------------
@@ -113,7 +113,7 @@ def test_the_run_goes_on_without_the_device(how: str, reason: str, play_on_devic
     failed = [3] if how == "hang" else [2, 3]
 
     assert done.status == "finished"
-    assert w == pytest.approx(without_client_1(failed[0]), rel=1e-12)
+    assert w == pytest.approx(without(1, failed), rel=1e-12)
     assert list(done.failures["round"]) == failed and set(done.failures.client) == {"b"}  # second in their order
     for found in done.failures.reason:
         assert re.search(rf"client 'b' \(node \d+\):? {reason}", found)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from flwr.app import MetricRecord, RecordDict
 
@@ -17,7 +19,7 @@ from shoal.flower.ledger import numbers_of
         ({"of": [1.0, 2.0]}, {}),
     ],
 )
-def test_a_prefix_is_given_once_and_no_number_is_lost(given: dict[str, float], expected: dict[str, float]) -> None:
+def test_a_prefix_is_given_once_and_no_number_is_lost(given: dict[str, Any], expected: dict[str, float]) -> None:
     assert numbers_of(MetricRecord(given), "train_") == expected
 
 
