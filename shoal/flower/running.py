@@ -34,8 +34,9 @@ from shoal.flower.ledger import Ledger
 from shoal.flower.records import quick_records
 from shoal.flower.rounds import watched
 from shoal.flower.session import EVERY, Session, read_point
-from shoal.flower.stage import InProcess, Stage, Workers
+from shoal.flower.stage import InProcess, Stage
 from shoal.flower.sums import quick_sums
+from shoal.flower.workers import Workers
 from shoal.memory import memory_mb
 from shoal.progress import Display, Opening, display
 from shoal.protos import seeds

@@ -1,4 +1,4 @@
-"""The program of a process that plays ClientApps; see :mod:`shoal.flower.stage`."""
+"""The program of a process that plays ClientApps; see :mod:`shoal.flower.workers`."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from shoal.flower.compat import identify, message_from
 from shoal.flower.drawing import seed_all
 from shoal.flower.flat import flat
 from shoal.flower.records import quick_records
-from shoal.flower.stage import Order
 from shoal.flower.turns import Answer, Turn, copied, failed, play
 from shoal.flower.uncompiled import compiler_later
+from shoal.flower.workers import Order
 from shoal.protos.errors import ExperimentError, ShoalError
 from shoal.simulations import answers as messages
 from shoal.simulations.crew import read, write

@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 from shoal.cli import app as command
 from shoal.flower.app import GivenApp
 from shoal.flower.compat import context, identify, name_message
-from shoal.flower.stage import Workers
 from shoal.flower.turns import Answer, Turn
+from shoal.flower.workers import Workers
 from shoal.protos.errors import RunError
 from tests.flower.conftest import APPS, Play
 

@@ -21,8 +21,8 @@ from shoal.flower.app import GivenApp
 from shoal.flower.arrays import Lent, quick_arrays
 from shoal.flower.compat import context, identify, name_message
 from shoal.flower.records import quick_records
-from shoal.flower.stage import Workers
 from shoal.flower.turns import Answer, Turn
+from shoal.flower.workers import Workers
 
 LARGE = 5000  # numbers of 8 bytes: more than goes with the message
 

@@ -14,7 +14,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.clientapp import ClientApp
 from shoal.flower.app import GivenApp
 from shoal.flower.compat import context, identify, name_message
-from shoal.flower.stage import Workers
+from shoal.flower.workers import Workers
 from shoal.flower.turns import Turn
 
 app = ClientApp()
@@ -36,7 +36,7 @@ with closing(Workers(GivenApp(None, app), 1, 2)) as stage:
     assert not ask(stage)
     import torch
     assert ask(stage) and ask(stage)
-    assert not [finder for finder in sys.meta_path if type(finder).__module__ == "shoal.flower.stage"]
+    assert not [finder for finder in sys.meta_path if type(finder).__module__ == "shoal.flower.workers"]
 """
 
 
