@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from flwr.app import Array, ArrayRecord, RecordDict
 
-__all__ = ["NEW", "Lent", "Packed", "bytes_of", "lent", "lent_in", "pack", "quick_arrays", "unpack", "view"]
+__all__ = ["FIELDS", "NEW", "Lent", "Packed", "bytes_of", "lent", "lent_in", "pack", "quick_arrays", "unpack", "view"]
 
 MAGIC = b"\x93NUMPY\x01\x00"  # of version 1.0, which NumPy takes unless a header is very long
 NUMPY = "numpy.ndarray"

@@ -11,7 +11,7 @@ from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, Metadata, MetricRecord, RecordDict
 
-from shoal.flower.arrays import NEW, lent
+from shoal.flower.arrays import FIELDS, NEW, lent
 from shoal.flower.turns import Answer
 
 __all__ = ["flat", "full"]
@@ -22,7 +22,6 @@ DICT, ARRAYS, OBJECT = 0, 1, -1
 EMPTY: list[dict[str, Any]] = [kind().__dict__ for kind in KINDS]
 # Beside what is in it a record has the state of its own upload, which begins anew elsewhere.
 USUAL = EMPTY[DICT].keys() | {"_is_dirty", "_object_id"}
-FIELDS = ("dtype", "shape", "stype", "data")
 USUAL_ARRAY = NEW.keys() | {*FIELDS, "_object_id", "_chunks"}
 
 
