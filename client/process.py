@@ -1,7 +1,7 @@
 """Processes of our own beside this one: plain Python programs with one thread each.
 
-Not forked (threads and locks do not survive a fork), and not through ``multiprocessing`` (which would import the user's
-script again).
+Not forks of this one (threads and locks do not survive a fork), and not through ``multiprocessing`` (which would import
+the user's script again). Workers of a simulation are forks of such a program: :mod:`shoal.simulations.nursery`.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def command(module: str) -> list[str]:
+def command(module: str, watched: bool = True) -> list[str]:
     """How to start ``module``'s ``main``: with the caller's import paths, never the folder it starts in.
 
-    It ends with the caller, from before the first heavy import on.
+    It ends with the caller, from before the first heavy import on; not ``watched``, it must see to that itself.
     """
-    watch = f"from shoal.client.process import end_with; end_with({os.getpid()})"
-    return [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; {watch}; from {module} import main; main()"]
+    watch = f"from shoal.client.process import end_with; end_with({os.getpid()}); " if watched else ""
+    return [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; {watch}from {module} import main; main()"]
 
 
 def environment() -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Worker processes: one single-threaded Python program a core, fed over pipes.
 
 What a worker must know is pickled by value, so functions written in a notebook work. One that dies takes nobody along.
-How it is started stands in :mod:`shoal.client.process`.
+How it is started stands in :mod:`shoal.simulations.nursery`.
 """
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ from __future__ import annotations
 import contextlib
 import pickle
 import queue
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import IO, TYPE_CHECKING, Any, Literal, cast
+from typing import IO, TYPE_CHECKING, Any, Literal
 
-from shoal.client.process import answers_on, command, environment, fate, jobs_on
+from shoal.client.process import answers_on, fate, jobs_on
 from shoal.protos.errors import RunError, ShoalError
+from shoal.simulations import nursery
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,36 +82,48 @@ class Worker:
     """One process that runs ``main`` of the module ``program``; an order is a message, and so is its answer."""
 
     def __init__(self, program: str, assignment: bytes) -> None:
-        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "env": environment()}
-        # A session of its own: Ctrl-C is for the process that has workers, which then ends them.
-        self.process: subprocess.Popen[bytes] = subprocess.Popen(command(program), start_new_session=True, **pipes)
-        self._in, self._out = cast(IO[bytes], self.process.stdin), cast(IO[bytes], self.process.stdout)
-        self._assignment: bytes | None = assignment  # until the worker has taken it
+        self._program, self._steps = program, nursery.steps(program)
+        self.process, self._in, self._out = nursery.start(program)
+        self._assignment: bytes | None = assignment  # until it has been sent
+        self._is_ready = False
         self._does: Literal["nothing", "prepare", "work", "forget"] = "nothing"
-        self._changing, self._killed = threading.Lock(), False
+        self._changing = threading.Lock()
+        self._used = self._killed = self._gone = False
 
     @property
     def lost(self) -> bool:
         """Whether another one must take its place."""
-        return self._killed or self.process.poll() is not None
+        return self._killed or self._gone
+
+    @property
+    def outdated(self) -> bool:
+        """Whether the next one would find more, and nothing has been begun in this one."""
+        return not self._used and self._steps < nursery.steps(self._program)
+
+    def assign(self) -> None:
+        """Give it its assignment. It is gone if it cannot be given: :meth:`ready` says how."""
+        if self._assignment is not None:
+            with contextlib.suppress(OSError):
+                self._in.write(self._assignment)
+                self._in.flush()
+            self._assignment = None
 
     def ready(self) -> None:
         """Wait until the worker has taken its assignment; RunError with its reason if it cannot."""
-        if self._assignment is None:
+        self.assign()
+        if self._is_ready:
             return
         try:
-            self._in.write(self._assignment)
-            self._in.flush()
             answer = read(self._out)
         except (EOFError, OSError) as error:
             raise RunError(f"a worker could not start ({fate(self.process.wait())}); see its messages above") from error
         if isinstance(answer, ShoalError):
             raise answer
-        self._assignment = None
+        self._is_ready = True
 
     def prepare(self) -> None:
         """It is about to be sent an order."""
-        self._does = "prepare"
+        self._does, self._used = "prepare", True
 
     def send(self, order: object) -> bool:
         """Let it begin as soon as it is ready. False if the order was dropped before."""
@@ -129,6 +141,7 @@ class Worker:
         try:
             return read(self._out)
         except (EOFError, OSError, pickle.UnpicklingError):
+            self._gone = True
             return Died(fate(self.process.wait()))
         finally:
             with self._changing:
@@ -162,12 +175,13 @@ class _Call:
 class Crew:
     """A fixed number of workers with one assignment. Each takes the next order as soon as it is free.
 
-    They start at once, and take orders when they are :meth:`ready`. Each has a thread that talks to it.
+    They take orders when they are :meth:`ready`. Each has a thread that talks to it.
     """
 
     def __init__(self, program: str, assignment: bytes, workers: int) -> None:
+        nursery.begin(program)
         self._program, self._assignment = program, assignment
-        self._workers = [Worker(program, assignment) for _ in range(workers)]
+        self._workers = list[Worker]()
         self._changing, self._closed = threading.Lock(), False
         self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
         self._begun = dict[Future[Any], Worker]()
@@ -176,9 +190,17 @@ class Crew:
             for place in range(workers)
         ]
 
+    def do(self, function: str) -> None:
+        """Let this ``module:function`` be called for all workers that have not begun anything yet. Does not wait."""
+        nursery.do(self._program, function)
+
     def ready(self) -> None:
         """Wait until all have taken their assignment; RunError, and no worker is left, if one cannot."""
         try:
+            for _ in self._threads:
+                self._workers.append(Worker(self._program, self._assignment))
+            for worker in self._workers:
+                worker.assign()
             for worker in self._workers:
                 worker.ready()
         except BaseException:
@@ -212,6 +234,8 @@ class Crew:
                 return None
             if not call.answer.set_running_or_notify_cancel():
                 continue
+            if self._workers[place].outdated:
+                self._replace(place)
             worker = self._workers[place]
             with self._changing:
                 self._begun[call.answer] = worker
@@ -245,9 +269,12 @@ class Crew:
 
     def _replace(self, place: int) -> None:
         self._workers[place].kill()
-        with self._changing:  # or a crew that closes would leave the new one behind
+        worker = Worker(self._program, self._assignment)
+        with self._changing:
             if not self._closed:
-                self._workers[place] = Worker(self._program, self._assignment)
+                self._workers[place] = worker
+                return
+        worker.kill()
 
     def kill(self, answers: Collection[Future[Any]]) -> None:
         """Kill the workers that are at these orders, which are then replaced; who gets ready for one never begins."""
@@ -258,12 +285,13 @@ class Crew:
     def close(self) -> None:
         with self._changing:
             self._closed = True
+        with contextlib.suppress(queue.Empty):
+            while True:
+                if (call := self._calls.get(False)) is not None:
+                    call.answer.cancel()
+        self._calls.put(None)
         for worker in self._workers:
             worker.kill()
-        while not self._calls.empty():
-            if (call := self._calls.get()) is not None:
-                call.answer.cancel()
-        self._calls.put(None)
         for thread in self._threads:
             if thread.is_alive():
                 thread.join()

@@ -21,7 +21,9 @@ from shoal.simulations.shared import SharedBlock, SharedMemory
 from shoal.strategies.base import State
 from shoal.strategies.sums import Carried
 
-__all__ = ["Order", "Pool"]
+__all__ = ["WORKER", "Order", "Pool"]
+
+WORKER = "shoal.simulations.worker"  # the program
 
 GRACE = 0.5  # seconds after the deadline: for the answer of a worker that kept it
 
@@ -45,7 +47,7 @@ class Pool:
         self._block: SharedBlock | None = None
         self._answers = Answers()
         try:
-            self._crew = Crew("shoal.simulations.worker", packed, workers)
+            self._crew = Crew(WORKER, packed, workers)
             self._crew.ready()
         except BaseException:
             self._data.close()

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from shoal.commands.options import AsJson, ExperimentFile, Out, Overrides, RayAddress, Workers
+from shoal.simulations.nursery import begin, do
 
 
 def simulate(
@@ -21,6 +22,9 @@ def simulate(
     as_json: AsJson = False,
 ) -> None:
     """Run an experiment with simulated clients."""
+    if workers != 0 and engine != "ray" and ray_address is None:
+        begin("shoal.simulations.worker")  # imports PyTorch while this process does
+        do("shoal.simulations.worker", "shoal.experiment")
     from shoal.experiment import Experiment
 
     loaded = Experiment.from_file(experiment, overrides or [])
@@ -54,6 +58,7 @@ def compare(
 
     Runs that are there are not made again: the same command goes on after an interrupt.
     """
+    begin("shoal.cell")  # imports PyTorch while this process does
     from shoal.arms import split
     from shoal.comparing import compare as run
     from shoal.grid import read, varied

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from shoal.flower.hosted import strategy as strategy
     from shoal.flower.member import client_app as client_app
     from shoal.flower.member import initial_arrays as initial_arrays
-    from shoal.flower.running import run as run
     from shoal.flower.serving import serve as serve
+    from shoal.flower.starting import run as run
 
 __all__ = ["FlowerApp", "check_version", "client_app", "initial_arrays", "run", "serve", "simulate", "strategy"]
 
@@ -33,7 +33,7 @@ _HOMES = {
     "FlowerApp": "shoal.flower.app",
     "client_app": "shoal.flower.member",
     "initial_arrays": "shoal.flower.member",
-    "run": "shoal.flower.running",
+    "run": "shoal.flower.starting",
     "serve": "shoal.flower.serving",
     "simulate": "shoal.flower.borrowed",
     "strategy": "shoal.flower.hosted",

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-__all__ = ["compiler_later"]
+__all__ = ["compiler_later", "import_torch"]
 
 NAME = "torch._dynamo"
 
@@ -47,3 +48,10 @@ def compiler_later() -> None:
     """In a process of our own, before it imports PyTorch."""
     if "torch" not in sys.modules:
         sys.modules[NAME] = _Later()
+
+
+def import_torch() -> None:
+    """For all processes of our own that come of this one."""
+    compiler_later()
+    with suppress(ImportError):
+        import_module("torch")

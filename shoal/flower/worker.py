@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from functools import partial
-from importlib import import_module
 from typing import Any, TypeVar
 
 from flwr.app import RecordDict
@@ -49,14 +48,9 @@ def main() -> None:
         path, content = None, RecordDict()  # what was sent last, often to many nodes
         while isinstance(app, ClientApp):
             try:
-                together: list[Order] | str = read(orders)
+                together: list[Order] = read(orders)
             except EOFError:
                 return
-            if isinstance(together, str):  # a module that turns will hardly do without
-                with suppress(ImportError):
-                    import_module(together)
-                write(answers, None)
-                continue
             began, found = time.perf_counter(), list[messages.Answer]()
             for order in together:
                 if order.content.path != path:

@@ -23,6 +23,7 @@ from shoal.flower.arrays import Lent, lent_in, unpack
 from shoal.flower.arrays import pack as pack_arrays
 from shoal.flower.flat import full
 from shoal.flower.stage import give, opened
+from shoal.flower.starting import WORKER
 from shoal.flower.turns import Answer, Turn
 from shoal.simulations.answers import Answer as Packed
 from shoal.simulations.answers import Answers
@@ -100,15 +101,13 @@ class Workers:
         self._workers, self._seconds = workers, dict[str, float]()  # that a turn takes, by what is asked
         self._apart = set[tuple[str, int]]()  # turns that have taken long, or a process with them
         self._answers, self._lent = Answers(), list[weakref.ref[Lent]]()
-        self._crew = Crew("shoal.flower.worker", packed, workers)
-        self._herald = _Herald(self._crew, workers)
+        self._crew = Crew(WORKER, packed, workers)
+        self._herald = _Herald(self._crew)
 
     def ready(self) -> None:
         """Wait until all processes have the app; ExperimentError says why one cannot load it."""
         self._crew.ready()
         threading.Thread(target=self._watch, name="shoal-watch", daemon=True).start()
-        if "torch" not in sys.modules:
-            sys.meta_path.insert(0, self._herald)
 
     def publish(self, content: RecordDict) -> SharedContent:
         """What is left of earlier replies gets bytes of its own: who keeps a little must not hold all their memory."""
@@ -229,16 +228,18 @@ class Workers:
 
 
 class _Herald(MetaPathFinder):
-    """When this process begins to import PyTorch, its workers begin, too: they will hardly do without."""
+    """When this process imports PyTorch, it is imported for the workers, too: they will hardly do without."""
 
-    def __init__(self, crew: Crew, workers: int) -> None:
-        self._crew, self._workers = crew, workers
+    def __init__(self, crew: Crew) -> None:
+        self._crew, self._told = crew, False
+        if "torch" in sys.modules:
+            self.find_spec("torch", None)
+        sys.meta_path.insert(0, self)
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> None:
-        if name == "torch":
-            self.rest()
-            for _ in range(self._workers):
-                self._crew.submit(name)
+        if name == "torch" and not self._told:
+            self._told = True  # leaving now would make Python skip the next finder
+            self._crew.do("shoal.flower.uncompiled:import_torch")
 
     def rest(self) -> None:
         if self in sys.meta_path:

@@ -135,7 +135,7 @@ batch_size = 4
 """
 
 MINE = """
-import os, signal
+import os, signal, sys
 from dataclasses import dataclass
 from pathlib import Path
 import shoal
@@ -171,7 +171,10 @@ class PowerCut(Mine):
     def finish(self, state, total, context):
         if context.round == 3 and not Path("killed").exists():
             Path("killed").touch()
-            os.kill(os.getppid(), signal.SIGKILL)
+            command = os.getppid()
+            if sys.platform == "linux":  # the parent is the nursery, the command is above it
+                command = int(Path(f"/proc/{command}/stat").read_text().rpartition(")")[2].split()[1])
+            os.kill(command, signal.SIGKILL)
             os.kill(os.getpid(), signal.SIGKILL)
         return super().finish(state, total, context)
 """
