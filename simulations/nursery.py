@@ -132,15 +132,17 @@ class _Nursery:
         with self._asking:
             if self.lost:
                 raise _Lost
-            self.lost = (
-                True  # as long as it has not answered: after a Ctrl-C here nobody knows whose the next answer is
-            )
-            with suppress(OSError):
+            answer = b""
+            try:
                 socket.send_fds(self._channel, [question.encode()], handles)
-                if answer := self._channel.recv(64):
-                    self.lost = False
-                    return answer.decode()
-        raise _Lost
+                answer = self._channel.recv(64)
+            except OSError:
+                pass
+            finally:  # after a Ctrl-C, too: nobody would know whose the next answer is
+                self.lost = not answer
+            if not answer:
+                raise _Lost
+        return answer.decode()
 
     def close(self) -> int:
         """End it, if this process has it; its exit code."""

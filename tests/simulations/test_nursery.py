@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from pathlib import Path
 from threading import Thread, main_thread
@@ -94,6 +95,22 @@ def test_a_process_has_a_session_of_its_own_and_siblings_one_parent(begin: Begin
     assert begin().parent == int(parent) != os.getpid()
 
 
+def test_processes_that_begin_at_the_same_time_have_one_parent(tmp_path: Path, begin: Begin) -> None:
+    """While the nursery is busy."""
+    (tmp_path / "slow.py").write_text(f"def wait():\n    open({str(tmp_path / 'begun')!r}).close()\n")
+    os.mkfifo(tmp_path / "begun")
+    parent = begin().parent
+    nursery.do("program", "slow:wait")
+    with ThreadPoolExecutor(3) as threads:
+        talks = [threads.submit(begin) for _ in range(3)]
+        while not nursery._nurseries["program"]._asking.locked():
+            pass
+        nursery.begin("program")
+        (tmp_path / "begun").open("w").close()
+
+    assert {talk.result().parent for talk in talks} == {parent}
+
+
 def test_siblings_draw_different_numbers(begin: Begin) -> None:
     first, second = begin().ask("drawn").split(), begin().ask("drawn").split()
 
@@ -170,7 +187,7 @@ def test_ctrl_c_while_a_process_is_waited_for(tmp_path: Path, begin: Begin) -> N
 
     def interrupt() -> None:
         (tmp_path / "begun").open("w").close()
-        while not nursery._nurseries["program"].lost:  # until the answer is waited for
+        while not nursery._nurseries["program"]._asking.locked():  # until the answer is waited for
             pass
         signal.pthread_kill(main_thread().ident or 0, signal.SIGINT)
 
