@@ -234,21 +234,28 @@ class Crew:
                 return None
             if not call.answer.set_running_or_notify_cancel():
                 continue
-            if self._workers[place].outdated:
+            found = self._begin(place, call)
+            if found is None:
+                return call
+            _give(call.answer, found)
+
+    def _begin(self, place: int, call: _Call) -> Any:
+        """Send the order. None, or why it has not begun."""
+        try:
+            if self._workers[place].lost or self._workers[place].outdated:
                 self._replace(place)
             worker = self._workers[place]
             with self._changing:
                 self._begun[call.answer] = worker
                 worker.prepare()
-            try:
-                if worker.send(call.order):
-                    return call
-                found: Any = Died("was not ready before its order was dropped")
-            except Exception as error:
-                found = error
-            with self._changing:
-                del self._begun[call.answer]
-            _give(call.answer, found)
+            if worker.send(call.order):
+                return None
+            found: Any = Died("was not ready before its order was dropped")
+        except Exception as error:
+            found = error
+        with self._changing:
+            self._begun.pop(call.answer, None)
+        return found
 
     def _finish(self, place: int, call: _Call) -> _Call | None:
         """Give the answer. The worker is at its next order by then, if there is one: giving may take a while."""
@@ -261,7 +268,8 @@ class Crew:
             del self._begun[call.answer]
         following = None
         if worker.lost:  # it would be a while until another one is ready
-            self._replace(place)
+            with contextlib.suppress(Exception):  # the next order tries again, and says why not
+                self._replace(place)
         else:
             following = self._next(place, wait=False)
         _give(call.answer, found)

@@ -270,7 +270,7 @@ def _settle(nursery: int, orders: int, answers: int, errors: int, about: int) ->
     os.environ.update(surroundings["environment"])
     os.sched_setaffinity(0, surroundings["cores"])
     with suppress(OSError):
-        os.chdir(surroundings["folder"])
+        os.chdir(surroundings.get("folder", "."))
     if numpy := sys.modules.get("numpy"):  # draws something else than its siblings, as `random` does of itself
         numpy.random.seed(random.getrandbits(32))
 

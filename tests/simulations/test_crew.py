@@ -16,6 +16,7 @@ from torch import nn
 
 from shoal import FedAvg, LocalTraining
 from shoal.client.data import Shard
+from shoal.simulations import nursery
 from shoal.simulations.crew import Crew, Died
 from shoal.simulations.engine import Assignment, Job
 from shoal.simulations.federated import LazyData
@@ -119,6 +120,22 @@ def test_an_order_that_cannot_be_sent_costs_nothing_else(echoes: Callable[[int],
     crew = echoes(1)
 
     assert isinstance(crew.submit((threading.Lock(), "")).exception(60), TypeError)
+    assert crew.submit(("next", "")).result(60) == "next"
+
+
+def test_a_worker_that_cannot_be_replaced_costs_an_order_at_a_time(
+    echoes: Callable[[int], Crew], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(program: str) -> Any:
+        raise OSError("no process is left")
+
+    crew = echoes(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(nursery, "start", full)
+        crew._workers[0].process.kill()
+        assert crew.submit(("lost", "")).result(60) == Died("killed by signal 9")
+        assert str(crew.submit(("not begun", "")).exception(60)) == "no process is left"
+
     assert crew.submit(("next", "")).result(60) == "next"
 
 

@@ -144,6 +144,14 @@ def test_what_has_changed_since_the_nursery_began_holds_for_its_next_process(
     assert capfd.readouterr().err == "an error\n"
 
 
+def test_a_folder_that_is_gone(begin: Begin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+
+    assert begin().ask("who")
+
+
 def test_it_is_said_how_a_process_ended(begin: Begin) -> None:
     leaves, killed, stays = begin(), begin(), begin()
     leaves.say("exit 137")
