@@ -23,7 +23,7 @@ from shoal.server.coordinator import Coordinator
 from shoal.server.runs import RunFolder
 from shoal.simulations.blocks import EngineName, Method
 from shoal.simulations.fleet import LEAN, SimulatedFleet
-from shoal.simulations.nursery import begin
+from shoal.simulations.nursery import do
 from shoal.simulations.planner import plan
 from shoal.simulations.pool import WORKER
 
@@ -46,7 +46,7 @@ def simulate(
     """Run an experiment from the start; see :meth:`shoal.Experiment.simulate`. ``path`` is a folder of its own."""
     place = _place(experiment, engine, workers, ray_address)
     if place.workers and not place.on_ray:
-        begin(WORKER)  # while the data is read
+        do(WORKER, "shoal.experiment")  # while the data is read
     engine = "auto" if engine == "ray" else engine
     method, show = None if engine == "auto" else Method.read(engine), display(progress)
     composition = Composition(experiment)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, Any, Literal
 
 from shoal.client.process import answers_on, fate, jobs_on
-from shoal.protos.errors import RunError, ShoalError
+from shoal.protos.errors import ShoalError
 from shoal.simulations import nursery
 
 if TYPE_CHECKING:
@@ -88,12 +88,8 @@ class Worker:
         self._is_ready = False
         self._does: Literal["nothing", "prepare", "work", "forget"] = "nothing"
         self._changing = threading.Lock()
-        self._used = self._killed = self._gone = False
-
-    @property
-    def lost(self) -> bool:
-        """Whether another one must take its place."""
-        return self._killed or self._gone
+        self._used = False
+        self.lost = False  # if so, another one must take its place
 
     @property
     def outdated(self) -> bool:
@@ -116,7 +112,7 @@ class Worker:
         try:
             answer = read(self._out)
         except (EOFError, OSError) as error:
-            raise RunError(f"a worker could not start ({fate(self.process.wait())}); see its messages above") from error
+            raise nursery.not_started(self.process.wait()) from error
         if isinstance(answer, ShoalError):
             raise answer
         self._is_ready = True
@@ -141,7 +137,7 @@ class Worker:
         try:
             return read(self._out)
         except (EOFError, OSError, pickle.UnpicklingError):
-            self._gone = True
+            self.lost = True
             return Died(fate(self.process.wait()))
         finally:
             with self._changing:
@@ -151,7 +147,7 @@ class Worker:
         """Nobody waits any more for the answer to its order: kill it, or let it forget what it has not begun."""
         with self._changing:
             if self._does == "work":
-                self._killed = True
+                self.lost = True
                 self.process.kill()
             elif self._does == "prepare":
                 self._does = "forget"

@@ -27,7 +27,7 @@ from typing import IO, Any, Protocol
 from shoal.client.process import command, end_with, environment, fate
 from shoal.protos.errors import RunError
 
-__all__ = ["Process", "begin", "do", "main", "start", "steps"]
+__all__ = ["Process", "begin", "do", "main", "not_started", "start", "steps"]
 
 FORKS = sys.platform == "linux"
 IDLE = 60.0  # seconds without children after which a nursery ends
@@ -52,7 +52,7 @@ def begin(program: str) -> None:
 
 
 def do(program: str, what: str) -> None:
-    """Let its nursery import this module, or call this ``module:function``, once. Does not wait."""
+    """As `begin`, and let the nursery then import this module, or call this ``module:function``, once."""
     if FORKS and what not in (nursery := _nursery(program)).done:
         nursery.do(what)
 
@@ -88,7 +88,12 @@ def _started(program: str, orders: int, answers: int) -> Process:
         nursery = _nursery(program)
         with suppress(_Lost):
             return nursery.fork(orders, answers)
-    raise RunError(f"a worker could not start ({fate(nursery.close())}); see its messages above")
+    raise not_started(nursery.close())
+
+
+def not_started(code: int) -> RunError:
+    """What is said of a process that ended with this code before it was of use."""
+    return RunError(f"a worker could not start ({fate(code)}); see its messages above")
 
 
 def _popen(program: str, orders: int, answers: int, watched: bool = True) -> subprocess.Popen[bytes]:

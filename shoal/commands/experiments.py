@@ -23,8 +23,7 @@ def simulate(
 ) -> None:
     """Run an experiment with simulated clients."""
     if workers != 0 and engine != "ray" and ray_address is None:
-        begin("shoal.simulations.worker")  # imports PyTorch while this process does
-        do("shoal.simulations.worker", "shoal.experiment")
+        do("shoal.simulations.worker", "shoal.experiment")  # imports PyTorch while this process does
     from shoal.experiment import Experiment
 
     loaded = Experiment.from_file(experiment, overrides or [])

@@ -231,15 +231,17 @@ class _Herald(MetaPathFinder):
     """When this process imports PyTorch, it is imported for the workers, too: they will hardly do without."""
 
     def __init__(self, crew: Crew) -> None:
-        self._crew, self._told = crew, False
+        self._crew = crew
         if "torch" in sys.modules:
-            self.find_spec("torch", None)
+            self._tell()
         sys.meta_path.insert(0, self)
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> None:
-        if name == "torch" and not self._told:
-            self._told = True  # leaving now would make Python skip the next finder
-            self._crew.do("shoal.flower.uncompiled:import_torch")
+        if name == "torch":
+            self._tell()
+
+    def _tell(self) -> None:
+        self._crew.do("shoal.flower.uncompiled:import_torch")
 
     def rest(self) -> None:
         if self in sys.meta_path:
