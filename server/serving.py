@@ -32,6 +32,7 @@ __all__ = ["Serving"]
 T = TypeVar("T")
 TICK = 0.25  # seconds between two looks at leases and deadlines
 PARTING = 2.0  # seconds for clients to hear the goodbye
+GRPC = "grpc._cython.cygrpc"  # logs what gRPC catches around our handlers
 
 
 class Serving:
@@ -71,6 +72,7 @@ class Serving:
     async def _main(self, started: Future[int]) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
         server = aio.server(options=SERVER)
+        logging.getLogger(GRPC).addFilter(_is_ours)  # a filter that is there already is not added again
         self._health = Health()
         server.add_generic_rpc_handlers((self._service(self.hub), board_handlers(self.board)))
         self._health.add_to(server)
@@ -138,6 +140,12 @@ class Serving:
             self._goodbye = (wire.Goodbye.FINISHED, "all runs are finished")
         self._soon(self._stop.set)
         self._thread.join()
+
+
+def _is_ours(record: logging.LogRecord) -> bool:
+    """Not if a client hung up just as its call was begun or ended here: it left, and that it did the hub has told."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(error, aio.InternalError | asyncio.CancelledError)
 
 
 def _check_free(address: Address) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import http.client
+import logging
 import socket
 import sys
 import threading
@@ -13,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pytest
+from grpc import aio
 
 from shoal.protos import fleet_pb2 as wire
 from shoal.protos.errors import ConnectionRefused
@@ -364,6 +367,16 @@ def test_a_server_that_closes_says_goodbye(serve: Serve, join: Join, finished: b
 
 
 @pytest.mark.fault(26)
+def test_grpc_does_not_tell_of_clients_that_hang_up_as_of_errors(serve: Serve, errors: list[str]) -> None:
+    """It has two such messages, both for a client that leaves in the moment in which its call begins or ends."""
+    serve()
+    for error in (aio.InternalError("the status was not sent"), asyncio.CancelledError(), ValueError("ours")):
+        logging.getLogger("grpc._cython.cygrpc").error("a call has failed: %r", error, exc_info=error)
+
+    said = errors.pop()
+    assert (said.splitlines()[0], errors) == ("a call has failed: ValueError('ours')", [])
+
+
 def test_a_port_in_use_is_one_clear_sentence(serve: Serve) -> None:
     taken = serve().address
     for host in ("127.0.0.1", "localhost", "0.0.0.0"):
