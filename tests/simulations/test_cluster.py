@@ -123,9 +123,14 @@ def head() -> Iterator[Nodes]:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setattr(ray_constants, "ENABLE_RAY_CLUSTER", False)
         with quiet():
-            nodes = Nodes(
-                initialize_head=True, head_node_args=NODE | {"num_cpus": 0, "_system_config": SOON | NO_SPARE}
-            )
+            try:
+                nodes = Nodes(
+                    initialize_head=True, head_node_args=NODE | {"num_cpus": 0, "_system_config": SOON | NO_SPARE}
+                )
+            except Exception as error:  # seen once in hundreds of starts; only Ray's own logs can say why
+                for log in sorted(Path(folder).glob("**/gcs_server*")):
+                    error.add_note(f"{log.name}:\n{log.read_text(errors='replace')[-4000:]}")
+                raise
         yield nodes
         with quiet():
             nodes.shutdown()
