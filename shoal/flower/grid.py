@@ -6,7 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from flwr.app import Context, Message, RecordDict
@@ -137,7 +137,7 @@ class ShoalGrid(Grid):
             node.turns += 1
             self.nodes.changed.add(node.context.node_id)
             seed = seeds.integer(self._seed, "flower-client", node.turns, str(node.context.node_id))
-            turn = Turn(pending.message.metadata, _own(node.context), seed, pending.round)
+            turn = Turn(pending.message.metadata, node.context, seed, pending.round)
         pending.playing = self._stage.submit(turn, pending.published)
         pending.playing.add_done_callback(lambda playing: self._played(node, pending, playing))
 
@@ -198,8 +198,3 @@ class ShoalGrid(Grid):
         playing = [pending.playing for pending in late if pending.playing is not None]
         if playing:
             self._stage.abandon(playing)
-
-
-def _own(context: Context) -> Context:
-    """For one turn: what an app writes into its configs does not stay."""
-    return replace(context, node_config=dict(context.node_config), run_config=dict(context.run_config))

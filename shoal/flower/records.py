@@ -14,6 +14,10 @@ __all__ = ["quick_records"]
 
 KINDS = {"array_records": ArrayRecord, "metric_records": MetricRecord, "config_records": ConfigRecord}
 _Part: Any = type(RecordDict().array_records)
+CHECKS: dict[type, dict[str, Any]] = {
+    kind: {"_check_value_fn": partial(_Part.check_value, SimpleNamespace(allowed_type=kind)), "allowed_type": kind}
+    for kind in KINDS.values()
+}
 _TypedDict: Any = next(kind for kind in RecordDict.__mro__ if kind.__name__ == "TypedDict")
 
 
@@ -26,10 +30,9 @@ def _set(record: Any, key: Any, value: Any) -> None:
 
 def _part(kind: type, content: RecordDict) -> Any:
     """``content.array_records`` and so on; flwr's own is a cycle, which holds its arrays until somebody collects it."""
-    part = _Part.__new__(_Part)
-    check = partial(_Part.check_value, SimpleNamespace(allowed_type=kind))
-    found = {name: record for name, record in content.items() if isinstance(record, kind)}
-    part.__dict__.update(content.__dict__, _check_value_fn=check, _data=found, recorddict=content, allowed_type=kind)
+    part, inside = _Part.__new__(_Part), content.__dict__
+    found = {name: record for name, record in inside["_data"].items() if isinstance(record, kind)}
+    part.__dict__.update(inside, **CHECKS[kind], _data=found, recorddict=content)
     return part
 
 

@@ -6,7 +6,7 @@ Whatever the app does, there is an answer: a reply that a strategy can take, or 
 from __future__ import annotations
 
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -46,23 +46,23 @@ class Answer:
 
 
 def play(app: ClientApp, turn: Turn, content: RecordDict) -> Answer:
-    """Let the app answer; ``content`` and the context are this call's own."""
-    message = message_from(turn.metadata, content=content)
-    fixed = dict(turn.context.run_config)
+    """Let the app answer; ``content`` and the node's state are this call's own. What it does to its configs is lost."""
+    message, given = message_from(turn.metadata, content=content), turn.context
+    context = replace(given, node_config=dict(given.node_config), run_config=dict(given.run_config))
     try:
-        reply = app(message, turn.context)
+        reply = app(message, context)
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # SystemExit too: an app must not end the process that plays others
         shown = "".join(traceback.format_exception(error))
         return failed(message, f"{type(error)}:<'{error}'>", f"{type(error).__name__}: {error}", shown)
     wrong = wrong_with(reply, message) or (
-        "the ClientApp changed the run config" if turn.context.run_config != fixed else ""
+        "the ClientApp changed the run config" if context.run_config != given.run_config else ""
     )
     if wrong:
         return failed(message, wrong, wrong)
     told = f"answered with an error: {reply.error.reason}" if reply.has_error() else ""
-    return Answer(reply, turn.context.state, told)
+    return Answer(reply, context.state, told)
 
 
 def failed(message: Message, told: str, reason: str, shown: str = "", code: int = APP_RAISED) -> Answer:

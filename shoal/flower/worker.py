@@ -16,7 +16,7 @@ from shoal.client.process import answers_on, collecting_less, jobs_on
 from shoal.flower.arrays import quick_arrays
 from shoal.flower.compat import identify, message_from
 from shoal.flower.drawing import seed_all
-from shoal.flower.flat import flat
+from shoal.flower.flat import flat, full_turn
 from shoal.flower.records import quick_records
 from shoal.flower.turns import Answer, Turn, copied, failed, play
 from shoal.flower.uncompiled import compiler_later
@@ -51,16 +51,18 @@ def main() -> None:
                 together: list[Order] = read(orders)
             except EOFError:
                 return
-            began, found = time.perf_counter(), list[messages.Answer]()
-            for order in together:
-                if order.content.path != path:
-                    path, content = order.content.path, order.content.open()
-                found.append(answered(app, order.turn, content, partial(_pack, order.memory)))
+            began, found = time.perf_counter(), list[messages.Answer | tuple[Any, ...]]()
+            for turn, published, memory in together:
+                if published.path != path:
+                    path, content = published.path, published.open()
+                found.append(answered(app, full_turn(turn), content, partial(_pack, memory)))
             write(answers, (time.perf_counter() - began, found))
 
 
-def _pack(memory: SharedMemory | None, answer: Answer) -> messages.Answer:
-    return messages.pack(flat(answer), memory)
+def _pack(memory: SharedMemory | None, answer: Answer) -> messages.Answer | tuple[Any, ...]:
+    odd = list[Any]()
+    found = flat(answer, odd)
+    return messages.pack(found, memory) if odd else found
 
 
 def loaded(load: Callable[[], tuple[Any, int]], modules: ExitStack) -> ClientApp | ShoalError:

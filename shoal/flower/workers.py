@@ -21,7 +21,7 @@ from flwr.app import RecordDict
 from shoal.flower.app import App
 from shoal.flower.arrays import Lent, lent_in, unpack
 from shoal.flower.arrays import pack as pack_arrays
-from shoal.flower.flat import full
+from shoal.flower.flat import flat_turn, full
 from shoal.flower.stage import give, opened
 from shoal.flower.starting import WORKER
 from shoal.flower.turns import Answer, Turn
@@ -54,13 +54,8 @@ class SharedContent:
         return cast(RecordDict, unpack(pickled, buffers))
 
 
-@dataclass(frozen=True)
-class Order:
-    """A turn, where its content lies, and memory that is lent for what it answers."""
-
-    turn: Turn
-    content: SharedContent
-    memory: SharedMemory | None = None
+# A turn as plain values, where its content lies, and memory that is lent for what it answers.
+Order = tuple[tuple[Any, ...], SharedContent, SharedMemory | None]
 
 
 @dataclass(eq=False)
@@ -83,7 +78,7 @@ class _Ask:
 
     def order(self, memory: SharedMemory | None) -> Order:
         self.memory = memory
-        return Order(self.turn, self.content, memory)
+        return flat_turn(self.turn), self.content, memory
 
 
 class Workers:
@@ -198,8 +193,11 @@ class Workers:
             self._crew.kill(running & before)
             before = running - before
 
-    def _opened(self, packed: Packed, memory: SharedMemory | None) -> Answer:
+    def _opened(self, packed: Packed | tuple[Any, ...], memory: SharedMemory | None) -> Answer:
         """The answer, large arrays in the memory that was lent; but a node's state stays, and has bytes of its own."""
+        if not isinstance(packed, Packed):
+            self._answers.back(memory)
+            return full(packed)
         answer = full(self._answers.open(packed, memory))
         if packed.places and answer.state is not None:
             for array in lent_in(answer.state):

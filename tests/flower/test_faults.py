@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from shoal.cli import app as command
 from shoal.flower.app import GivenApp
 from shoal.flower.compat import context, identify, name_message
+from shoal.flower.stage import InProcess, Stage
 from shoal.flower.turns import Answer, Turn
 from shoal.flower.workers import Workers
 from shoal.protos.errors import RunError
@@ -149,3 +150,41 @@ def test_who_shares_a_call_with_a_client_that_hangs_begins_again() -> None:
         assert not any(future.result(timeout=60).reason for future in asked)
 
     assert late.cancelled()
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_what_a_client_writes_into_its_configs_reaches_no_other_and_does_not_stay(workers: int) -> None:
+    """Also not if both are asked in one call."""
+
+    def write_at_node_1(message: Message, context: Context) -> Message:
+        found = ConfigRecord({"lr": float(context.run_config["lr"]), "place": int(context.node_config["place"])})
+        context.node_config["place"] = 9
+        if context.node_id == 1:
+            context.run_config["lr"] = 9.0
+        return Message(RecordDict({"found": found}), reply_to=message)
+
+    app, shared = ClientApp(), {"lr": 0.5}
+    app.query()(write_at_node_1)
+    identify(1)
+    nodes = [context(1, node, {"place": node}, shared) for node in (1, 2)]
+
+    def turn(about: Context) -> Turn:
+        message = Message(RecordDict(), about.node_id, "query")
+        name_message(message, f"{about.node_id}")
+        return Turn(message.metadata, about, 0)
+
+    def ask(stage: Stage) -> list[Answer]:
+        with stage.together():
+            futures = [stage.submit(turn(about), stage.publish(RecordDict())) for about in nodes]
+        return [future.result(timeout=60) for future in futures]
+
+    made = Workers(GivenApp(None, app), 1, workers) if workers else InProcess(app)
+    with closing(made) as stage:
+        if isinstance(stage, Workers):
+            stage.ready()
+        for _ in range(20):  # turns that are known to be short go together
+            first, second = ask(stage)
+
+            assert first.reason == "the ClientApp changed the run config"
+            assert dict(second.reply.content["found"]) == {"lr": 0.5, "place": 2}
+    assert shared == {"lr": 0.5} and [about.node_config["place"] for about in nodes] == [1, 2]
