@@ -33,7 +33,7 @@ from shoal.simulations.shared import SharedBytes, SharedMemory
 
 __all__ = ["Order", "SharedContent", "Workers"]
 
-QUANTUM, LEAST, MOST = 0.005, 0.002, 32  # seconds that one call takes, at least if others wait; and its turns
+QUANTUM, LEAST, MOST = 0.005, 0.001, 32  # seconds that one call takes, at least if others wait; and its turns
 PATIENCE = 1.0  # seconds that turns wait for one that is in their call
 
 
