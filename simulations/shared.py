@@ -13,6 +13,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -154,6 +155,7 @@ def _new_file(size: int) -> Path:
     return Path(name)
 
 
+@cache  # once a process: rounds make many files
 def _sweep(folder: Path) -> None:
     """Remove files of processes that are gone."""
     for path in folder.glob(f"{PREFIX}*"):

@@ -86,6 +86,7 @@ def test_what_a_killed_process_left_is_swept_away() -> None:
     mine = folder / f"{shared.PREFIX}{os.getpid()}-mine"
     left.touch()
     mine.touch()
+    shared._sweep.cache_clear()  # as in a new process
     SharedBlock.of(TENSORS)
 
     assert (left.exists(), mine.exists()) == (False, True)
