@@ -71,8 +71,8 @@ class Experiment:
         object.__setattr__(self, "evaluation", parsed.evaluation)  # a mapping will do as well
         for where, kind in (("strategy", Strategy), ("local", LocalTraining), ("selector", Selector)):
             if not isinstance(getattr(self, where), kind):
-                given = type(getattr(self, where)).__name__
-                raise ExperimentError(f"{where} is a {given}; give an object, for example shoal.{EXAMPLES[where]}")
+                given = type(getattr(self, where))
+                raise ExperimentError(f"{where} is a {given.__name__}; {_instead(where, given)}")
             registry.validate(getattr(self, where), where)
         self._check_callbacks()
         loss_named(self.local.loss)
@@ -243,6 +243,13 @@ EXAMPLES = {"strategy": "FedAvg()", "local": "LocalTraining(lr=0.1)", "selector"
 UNNAMED = "# cannot be run again from this file alone: a Python object stands for"
 _OBJECTS = frozenset({"model", "data", "strategy", "local", "selector", "client", "callbacks"})
 _LOCAL = "shoal.client.local:LocalTraining"
+
+
+def _instead(where: str, given: type) -> str:
+    """What to do if something of another kind is given as a strategy, training or selector."""
+    if where == "strategy" and any(base.__module__.startswith("flwr.") for base in given.__mro__):
+        return "it is Flower's: shoal.flower.simulate(experiment, strategy) runs it"
+    return f"give an object, for example shoal.{EXAMPLES[where]}"
 
 
 def _made(key: str, file: ExperimentFile) -> Any:

@@ -231,6 +231,12 @@ def test_any_of_flowers_strategies_runs(theirs: Any, tmp_path: Path) -> None:
     assert list(run.metrics.counted[1:]) == [4] * ROUNDS
 
 
+@pytest.mark.parametrize("given", [flower.FedAvg(), legacy.FedAvg()])
+def test_an_experiment_says_how_to_run_flowers_strategies(given: Any) -> None:
+    with pytest.raises(ExperimentError, match=r"strategy is a FedAvg; .* shoal\.flower\.simulate"):
+        shoal.Experiment(model="mlp", strategy=given)
+
+
 def test_what_is_no_strategy_of_flowers() -> None:
     with pytest.raises(ExperimentError, match="FedAvg is no strategy of Flower's"):
         shoal.flower.simulate(experiment(2), shoal.FedAvg())  # type: ignore[arg-type]
