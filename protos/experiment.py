@@ -85,7 +85,7 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentFile:
     """Read a TOML file and apply ``key=value`` overrides, dotted as in the file (``strategy.mu=0.1``)."""
     path = Path(path)
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # Windows editors write a byte-order mark
     except FileNotFoundError as error:
         raise ExperimentError(f"there is no experiment file {str(path)!r}; give the path of a .toml file") from error
     except IsADirectoryError as error:

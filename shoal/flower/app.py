@@ -176,7 +176,7 @@ class GivenApp:
 def _project(path: Path) -> dict[str, Any]:
     file = path / "pyproject.toml"
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
+        return tomllib.loads(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ExperimentError(f"{file} cannot be read ({error.strerror}); give the folder of a Flower app") from error
     except ValueError as error:

@@ -88,7 +88,7 @@ def _named_apps(app: FlowerApp) -> Iterator[Finding]:
             yield Finding(
                 "differs", f"{kind} {reference}: its module is not in the folder, an installed one must have it", ""
             )
-        elif attribute.split(".")[0] not in _assigned(file):
+        elif (top := attribute.split(".")[0]) not in _assigned(file, top):
             yield Finding(
                 "differs",
                 f"{kind} {reference}: Shoal loads it, flwr itself wants '{attribute} = …' at top level",
@@ -96,14 +96,23 @@ def _named_apps(app: FlowerApp) -> Iterator[Finding]:
             )
 
 
-def _assigned(file: Path) -> set[str]:
-    tree = ast.parse(file.read_text(encoding="utf-8"))
+def _assigned(file: Path, sought: str) -> set[str]:
+    """The names that a module assigns at its top; what is sought, if it cannot be read: :func:`_in_file` says so."""
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError):
+        return {sought}
     targets = [target for node in tree.body if isinstance(node, ast.Assign) for target in node.targets]
     return {target.id for target in targets if isinstance(target, ast.Name)}
 
 
 def _in_file(file: Path, name: str) -> Iterator[Finding]:
-    tree = ast.parse(file.read_text(encoding="utf-8"), filename=str(file))
+    try:
+        tree = ast.parse(file.read_bytes(), filename=str(file))
+    except (SyntaxError, ValueError) as error:  # ValueError: it holds a null byte
+        line = getattr(error, "lineno", None) or 1
+        yield Finding("not supported", f"{name} is no Python ({getattr(error, 'msg', error)})", f"{name}:{line}")
+        return
     homes = _imports(tree)
     for line, used in homes:
         yield from _judged(used, f"{name}:{line}")

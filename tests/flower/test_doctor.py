@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,41 @@ def test_what_is_not_supported(tmp_path: Path) -> None:
     assert "≠ ServerApp app:server: Shoal loads it, flwr itself wants 'server = …' at top level" in shown.output
     lines = CliRunner().invoke(command, ["flower", "doctor", str(APPS / "mods"), "--json"]).output.splitlines()
     assert {json.loads(line)["verdict"] for line in lines} == {"runs"}
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"def main(:\n", "invalid syntax"),
+        (b"x = '\xff'\n", "utf-8"),
+        (b"x = 1\0\n", "null"),
+    ],
+)
+def test_a_file_that_is_no_python_is_told_and_the_others_are_read(content: bytes, why: str, tmp_path: Path) -> None:
+    shutil.copytree(APPS / "legacy", tmp_path, dirs_exist_ok=True)
+    usual = said(tmp_path)
+    (tmp_path / "broken.py").write_bytes(content)
+    found = {what: verdict for what, verdict in said(tmp_path).items() if what not in usual}
+
+    assert list(found.values()) == ["not supported"]
+    assert next(iter(found)).startswith("broken.py is no Python (") and why in next(iter(found))
+    assert usual.items() <= said(tmp_path).items()
+
+
+def test_an_app_that_is_no_python_is_told_once(tmp_path: Path) -> None:
+    shutil.copytree(APPS / "legacy", tmp_path, dirs_exist_ok=True)
+    (tmp_path / "app.py").write_text("app = \n")
+
+    assert said(tmp_path) == {"app.py is no Python (invalid syntax)": "not supported"}
+
+
+def test_a_byte_order_mark_and_a_declared_encoding_are_no_error(tmp_path: Path) -> None:
+    shutil.copytree(APPS / "legacy", tmp_path, dirs_exist_ok=True)
+    for name in ("pyproject.toml", "app.py"):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + (tmp_path / name).read_bytes())
+    (tmp_path / "old.py").write_bytes(b"# -*- coding: latin-1 -*-\nx = '\xe9'\n")
+
+    assert said(tmp_path) == said(APPS / "legacy")
 
 
 def test_versions_of_flwr() -> None:

@@ -39,6 +39,13 @@ def test_overrides(tmp_path: Path, override: str, key: str, value: object) -> No
     assert getattr(read(path, [override]), key) == value
 
 
+def test_a_byte_order_mark_is_no_error(tmp_path: Path) -> None:
+    path = tmp_path / "e.toml"
+    path.write_bytes(b"\xef\xbb\xbf" + b'rounds = 2\ncohort = 1\ndata = "d"\nmodel = "m"')
+
+    assert read(path).rounds == 2
+
+
 def test_an_override_opens_the_short_form(tmp_path: Path) -> None:
     path = tmp_path / "e.toml"
     path.write_text('rounds = 2\ncohort = 1\ndata = "d"\nmodel = "m"\nstrategy = "fedprox"')
