@@ -119,6 +119,8 @@ def failure(error: BaseException, client: str, round: int) -> Failure:
     if isinstance(error, ShoalError):
         return Failure(client, round, str(error))
     reason = f"client {client!r} raised {type(error).__name__} in round {round}: {error}"
+    if str(error).startswith("Expected more than 1 value per channel"):  # PyTorch's words
+        reason += "; BatchNorm cannot train on a last batch of one example: local.drop_last = true leaves it out"
     return Failure(client, round, reason, "".join(traceback.format_exception(error)))
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from shoal.client.local import LocalTraining
-from shoal.client.participant import Participant
+from shoal.client.participant import Participant, failure
 from shoal.strategies.fedavg import FedAvg
 
 
@@ -36,3 +36,11 @@ def test_the_seed_is_that_of_the_nets_own_device(monkeypatch: pytest.MonkeyPatch
     Participant(net, FedAvg(), LocalTraining(), 0)._seed_torch(7)
 
     assert [one.state for one in devices] == [0, 7]
+
+
+def test_a_last_batch_of_one_example_under_batch_norm_is_told_with_what_to_do() -> None:
+    with pytest.raises(ValueError, match="more than 1 value") as error:
+        torch.nn.BatchNorm1d(3)(torch.zeros(1, 3))
+
+    assert "local.drop_last = true" in failure(error.value, "a", 1).reason
+    assert "drop_last" not in failure(ValueError("no data"), "a", 1).reason
