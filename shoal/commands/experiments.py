@@ -11,6 +11,8 @@ import typer
 from shoal.commands.options import AsJson, ExperimentFile, Out, Overrides, RayAddress, Workers
 from shoal.simulations.nursery import begin, do
 
+MOST = 5  # settings that a line of 'shoal runs' shows
+
 
 def simulate(
     experiment: ExperimentFile,
@@ -106,20 +108,10 @@ def resume(
 
 
 def runs(out: Out = Path("runs"), as_json: AsJson = False) -> None:
-    """List the runs there are."""
-    from shoal.protos.errors import RunError
-    from shoal.server.runs import list_runs
+    """List the runs there are, with what tells those of one name apart."""
+    from shoal.listing import listed
 
-    rows = []
-    for folder in list_runs(out):
-        try:
-            summary = folder.read("summary.json")
-        except RunError:
-            summary = {"status": "unreadable"}
-        summary.setdefault("rounds", max((line["round"] for line in folder.lines("metrics.jsonl")), default="?"))
-        if summary["status"] == "running" and not folder.in_use():
-            summary["status"] = "killed"  # a run that ends says how; 'shoal resume' goes on with it
-        rows.append({"run": str(folder.path), **summary})
+    rows = listed(out)
     if as_json:
         for row in rows:
             print(json.dumps(row))
@@ -128,8 +120,10 @@ def runs(out: Out = Path("runs"), as_json: AsJson = False) -> None:
         print(f"there are no runs in {out}; make one with 'shoal simulate'")
     width = max((len(row["run"]) for row in rows), default=0)
     for row in rows:
-        last = "  ".join(f"{k.removeprefix('test_')} {v:.4f}" for k, v in row.get("last", {}).items() if "test_" in k)
-        print(f"{row['run']:{width}}  {row['status']:11}  {row.get('rounds', '?'):>4} rounds  {last}")
+        last = [f"{k.removeprefix('test_')} {v:.4f}" for k, v in row.get("last", {}).items() if "test_" in k]
+        differs = [f"{key}={value}" for key, value in row["differs"].items()]
+        shown = "  ".join([*last, *differs[:MOST], *["…"][: len(differs) > MOST]])
+        print(f"{row['run']:{width}}  {row['status']:11}  {row.get('rounds', '?'):>4} rounds  {shown}".rstrip())
 
 
 def strategies(as_json: AsJson = False) -> None:

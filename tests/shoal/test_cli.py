@@ -222,6 +222,8 @@ def test_runs_are_listed(shoal: Shoal) -> None:
 
     assert "runs/0001-tiny" in shoal("runs")[1]
     assert json.loads(listed)["status"] == "finished"
+    shoal("simulate", "tiny.toml", "local.lr=0.25", "--workers", "0")
+    assert shoal("runs")[1].splitlines()[1].endswith("local.lr=0.25")
 
 
 def test_strategies_are_listed_with_their_sources(shoal: Shoal) -> None:
