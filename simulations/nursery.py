@@ -186,17 +186,19 @@ class _Forked:
     def __init__(self, pid: int, nursery: _Nursery) -> None:
         self.pid, self._nursery = pid, nursery
         self._code: int | None = None
+        self._asking = threading.Lock()  # who has heard how it ended must not ask again: the number may be another's
 
     def poll(self) -> int | None:
-        if self._code is None:
-            try:
-                answer = self._nursery.ask(f"poll {self.pid}")
-            except _Lost:  # nobody knows how it ended, but nobody keeps it either
-                self.kill()
-                self._code = -signal.SIGKILL
-            else:
-                self._code = int(answer) if answer != "alive" else None
-        return self._code
+        with self._asking:
+            if self._code is None:
+                try:
+                    answer = self._nursery.ask(f"poll {self.pid}")
+                except _Lost:  # nobody knows how it ended, but nobody keeps it either
+                    self.kill()
+                    self._code = -signal.SIGKILL
+                else:
+                    self._code = int(answer) if answer != "alive" else None
+            return self._code
 
     def wait(self) -> int:
         pause = 0.0005

@@ -28,6 +28,7 @@ from shoal.flower.app import App, FlowerApp
 from shoal.flower.arrays import quick_arrays
 from shoal.flower.compat import SERVER, context, empty_run, identify, logging_to
 from shoal.flower.drawing import drawing_from
+from shoal.flower.enough import enough
 from shoal.flower.grid import Nodes, ShoalGrid, node_ids
 from shoal.flower.ledger import Ledger
 from shoal.flower.records import quick_records
@@ -212,7 +213,7 @@ class Execution:
             with self._surroundings():
                 ledger = Ledger([self.folder, self.show, *self.observers], self._names(nodes), session.round + 1)
                 grid = ShoalGrid(self._run(), nodes, self.stage, ledger, self.play.seed)
-                with watched(grid, ledger, session):
+                with watched(grid, ledger, session), enough(len(nodes)):
                     self._serve(grid)
             ledger.close()
             _check_answered(ledger)

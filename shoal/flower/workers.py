@@ -160,6 +160,10 @@ class Workers:
         lost = isinstance(found, Died | Exception)
         with self._changing:
             asks = self._calls.pop(call)
+            if self._over.is_set():  # its process was ended, not lost
+                for ask in asks:
+                    ask.answer.cancel()
+                return
             again = lost and (call.cancelled() or len(asks) > 1)
             for ask in asks if lost else ():
                 self._answers.back(ask.memory)

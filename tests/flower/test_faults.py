@@ -8,6 +8,7 @@ import time
 from collections.abc import Collection, Sequence
 from concurrent.futures import Future
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from flwr.clientapp import ClientApp
 from typer.testing import CliRunner
 
 from shoal.cli import app as command
+from shoal.flower import run
 from shoal.flower.app import GivenApp
 from shoal.flower.compat import context, identify, name_message
 from shoal.flower.stage import InProcess, Stage
@@ -188,3 +190,69 @@ def test_what_a_client_writes_into_its_configs_reaches_no_other_and_does_not_sta
             assert first.reason == "the ClientApp changed the run config"
             assert dict(second.reply.content["found"]) == {"lr": 0.5, "place": 2}
     assert shared == {"lr": 0.5} and [about.node_config["place"] for about in nodes] == [1, 2]
+
+
+@pytest.mark.slow
+def test_a_process_that_the_run_itself_ends_is_not_told_as_lost() -> None:
+    def sleep(message: Message, context: Context) -> Message:
+        time.sleep(600)
+        return Message(RecordDict(), reply_to=message)
+
+    app = ClientApp()
+    app.query()(sleep)
+    identify(1)
+    stage = Workers(GivenApp(None, app), 1, 1)
+    with closing(stage):
+        stage.ready()
+        message = Message(RecordDict(), 2, "query")
+        name_message(message, "1")
+        asked = stage.submit(Turn(message.metadata, context(1, 2, {}, {}), 0), stage.publish(message.content))
+
+    assert asked.cancelled()
+
+
+WANTING = """
+import numpy as np
+from flwr.app import Array, ArrayRecord
+from flwr.clientapp import ClientApp
+from flwr.common import ndarrays_to_parameters
+from flwr.server import ServerAppComponents, ServerConfig
+from flwr.server.strategy import FedAvg as Legacy
+from flwr.serverapp import ServerApp
+from flwr.serverapp.strategy import FedAvg
+
+client, server = ClientApp(), ServerApp()
+
+
+@server.main()
+def main(grid, context):
+    FedAvg(min_available_nodes=3).start(grid=grid, initial_arrays=ArrayRecord({"w": Array(np.zeros(1))}), num_rounds=1)
+
+
+def components(context):
+    initial = ndarrays_to_parameters([np.zeros(1)])
+    strategy = Legacy(min_available_clients=3, fraction_evaluate=0.0, initial_parameters=initial)
+    return ServerAppComponents(strategy=strategy, config=ServerConfig(num_rounds=1))
+
+
+legacy = ServerApp(server_fn=components)
+"""
+
+
+@pytest.mark.parametrize(
+    ("server", "said"),
+    [
+        ("server", "wants more than the 2 nodes of this run; .* min_available_nodes"),
+        ("legacy", "wants 3 clients, and this run has 2 nodes; .* min_available_clients"),
+    ],
+)
+def test_a_strategy_that_wants_more_nodes_than_there_are_does_not_wait(server: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "wanting.py").write_text(WANTING)
+    (tmp_path / "pyproject.toml").write_text(
+        '[project]\nname = "wanting"\nversion = "1"\n[tool.flwr.app]\npublisher = "us"\n'
+        f'[tool.flwr.app.components]\nserverapp = "wanting:{server}"\nclientapp = "wanting:client"\n'
+    )
+    with pytest.raises(RunError, match=said):
+        run(tmp_path, nodes=2, workers=0, out=tmp_path / "runs", progress="none")
+
+    assert re.search(said, json.loads((tmp_path / "runs/0001-wanting/summary.json").read_text())["problem"])

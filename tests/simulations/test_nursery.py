@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
@@ -218,6 +219,28 @@ def test_a_nursery_without_children_ends_after_a_while(begin: Begin, monkeypatch
     os.waitid(os.P_PID, first, os.WEXITED | os.WNOWAIT)
 
     assert begin().parent != first
+
+
+def test_those_who_wait_for_one_child_at_the_same_time_hear_the_same(begin: Begin) -> None:
+    """It can be asked once only how a child ended."""
+    first = begin()
+    for _ in range(20):
+        talk, heard = begin(), list[int]()
+        together = threading.Barrier(4)
+
+        def wait(talk: Talk = talk, heard: list[int] = heard, together: threading.Barrier = together) -> None:
+            together.wait()
+            heard.append(talk.process.wait())
+
+        threads = [threading.Thread(target=wait) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        talk.say("exit 3")
+        for thread in threads:
+            thread.join()
+
+        assert heard == [3] * 4
+    assert begin().parent == first.parent  # the same nursery
 
 
 def test_where_nothing_can_be_forked(begin: Begin, monkeypatch: pytest.MonkeyPatch) -> None:
