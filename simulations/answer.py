@@ -153,7 +153,9 @@ def _finding(table: Sequence[Row]) -> str:
     if better or worse:
         clauses = [_clause(rows, word, first) for rows, word in ((better, "better"), (worse, "worse")) if rows]
         return f"{name} is {'; it is '.join(clauses)}"
-    leader, over = _best(having), f"over {_count(max(row.finished for row in having), 'seed')}"
+    if len({row.finished for row in having}) > 1:
+        return f"means of {name} are over different seeds, because not all runs finished: none is called the best"
+    leader, over = _best(having), f"over {_count(having[0].finished, 'seed')}"
     if len(table) == 1:
         return f"the mean {name} of {leader.strategy} {over} is {leader.mean:.4f}"
     mean = f"the best mean {name} {over} is that of {leader.strategy}, {leader.mean:.4f}"

@@ -28,6 +28,7 @@ from shoal.flower.vectors import joined, record, tensors
 from shoal.protos.errors import ExperimentError
 from shoal.protos.parameters import Parameters
 from shoal.run import Run
+from shoal.strategies.base import Strategy as Own
 from shoal.strategies.fedavg import FedAvg
 
 __all__ = ["simulate"]
@@ -48,8 +49,15 @@ def simulate(
     apply. Its FedProx and its client-side clipping ask clients to do something: they do it. The run has a folder as any
     other, with the experiment's evaluation on its test set.
     """
+    if not isinstance(experiment, Experiment):
+        raise ExperimentError(f"{experiment!r} is no experiment; shoal.Experiment.from_file(PATH) reads one")
     if not isinstance(strategy, Strategy | LegacyStrategy):
-        raise ExperimentError(f"{type(strategy).__name__} is no strategy of Flower's")
+        name, why = getattr(strategy, "__name__", type(strategy).__name__), "is no strategy of Flower's"
+        if isinstance(strategy, type):
+            why = f"is a class; give an object: {name}(…)"
+        elif isinstance(strategy, Own):
+            why += ", it is Shoal's; give it to the experiment, and call experiment.simulate()"
+        raise ExperimentError(f"{name} {why}")
     if not isinstance(experiment.strategy, FedAvg):
         raise ExperimentError("the strategy is Flower's here; leave the experiment's own at FedAvg")
     composition = Composition(experiment)

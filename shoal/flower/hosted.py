@@ -40,6 +40,8 @@ def strategy(strategy: Strategy, *, model: nn.Module | None = None, seed: int = 
     weights from buffers and frozen ones; without it PyTorch's names do. Cohorts are drawn from the seed, among nodes
     in the order of their ids. ``options`` are those of Flower's FedAvg (``fraction_train``, ``fraction_evaluate``, …).
     """
+    if not isinstance(strategy, Strategy):
+        raise ExperimentError(f"{strategy!r} is no strategy of Shoal's; give an object, for example shoal.Scaffold()")
     return Hosted(strategy, model, seed, **options)
 
 

@@ -242,6 +242,18 @@ def test_what_is_no_strategy_of_flowers() -> None:
         shoal.flower.simulate(experiment(2), shoal.FedAvg())  # type: ignore[arg-type]
     with pytest.raises(ExperimentError, match="leave the experiment's own at FedAvg"):
         shoal.flower.simulate(experiment(2, shoal.Scaffold()), flower.FedAvg())
+    with pytest.raises(ExperimentError, match=r"it is Shoal's; .* experiment\.simulate"):
+        shoal.flower.simulate(experiment(2), shoal.FedAdam())  # type: ignore[arg-type]
+    with pytest.raises(ExperimentError, match=r"FedAdam is a class; give an object: FedAdam\("):
+        shoal.flower.simulate(experiment(2), flower.FedAdam)  # type: ignore[arg-type]
+    with pytest.raises(ExperimentError, match=r"'fashion.toml' is no experiment; shoal.Experiment.from_file"):
+        shoal.flower.simulate("fashion.toml", flower.FedAdam())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("given", ["scaffold", shoal.Scaffold, flower.FedAvg()])
+def test_what_is_no_strategy_of_shoals(given: Any) -> None:
+    with pytest.raises(ExperimentError, match="is no strategy of Shoal's; give an object"):
+        shoal.flower.strategy(given)
 
 
 @pytest.mark.slow

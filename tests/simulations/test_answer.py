@@ -55,6 +55,15 @@ def test_nothing_is_shown() -> None:
     assert "better" not in found and "For fedprox no difference from fedavg is shown" in found
 
 
+def test_means_over_different_seeds_are_not_ranked() -> None:
+    found = answer(table(fedavg=BASE[:2], scaffold=[0.9]))
+
+    assert found.startswith(
+        "Means of accuracy are over different seeds, because not all runs finished: none is called the best. "
+    )
+    assert "0.9" not in found
+
+
 def test_a_lead_that_is_not_shown_is_hedged() -> None:
     lead = [value + 0.02 * (-1) ** seed + 0.004 for seed, value in enumerate(BASE)]
     found = answer(table(fedavg=BASE, fedprox=lead))
