@@ -6,8 +6,9 @@ The app's code is read, not run; only its ServerApp and ClientApp are looked up,
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -67,10 +68,10 @@ class Finding:
 def diagnose(path: str | Path) -> list[Finding]:
     """What the app in this folder uses, in the order of its files; ExperimentError if it is no app."""
     app = FlowerApp.read(path)
-    found = list(_named_apps(app))
+    found, own = list(_named_apps(app)), _own_modules(app)
     for file in sorted(app.path.rglob("*.py")):
         if not any(part.startswith(".") for part in file.relative_to(app.path).parts):
-            found += _in_file(file, str(file.relative_to(app.path)))
+            found += _in_file(file, str(file.relative_to(app.path)), own)
     seen = dict[str, Finding]()
     for finding in found:
         seen.setdefault(finding.what, finding)
@@ -84,37 +85,74 @@ def _named_apps(app: FlowerApp) -> Iterator[Finding]:
         steps = module.split(".")
         files = [app.path.joinpath(*steps).with_suffix(".py"), app.path.joinpath(*steps, "__init__.py")]
         file = next((file for file in files if file.is_file()), None)
-        if file is None:
-            yield Finding(
-                "differs", f"{kind} {reference}: its module is not in the folder, an installed one must have it", ""
-            )
-        elif (top := attribute.split(".")[0]) not in _assigned(file, top):
-            yield Finding(
-                "differs",
-                f"{kind} {reference}: Shoal loads it, flwr itself wants '{attribute} = …' at top level",
-                file.name,
-            )
+        if file is not None:
+            yield from _named_in(file, f"{kind} {reference}", attribute.split(".")[0], str(file.relative_to(app.path)))
+        elif steps[0] in _own_modules(app) or not _is_installed(steps[0]):
+            yield Finding("not supported", f"{kind} {reference}: there is no module {module!r}", "pyproject.toml")
+        else:
+            yield Finding("differs", f"{kind} {reference}: its module is not in the folder but an installed one", "")
 
 
-def _assigned(file: Path, sought: str) -> set[str]:
-    """The names that a module assigns at its top; what is sought, if it cannot be read: :func:`_in_file` says so."""
+def _named_in(file: Path, what: str, sought: str, where: str) -> Iterator[Finding]:
     try:
         tree = ast.parse(file.read_bytes())
     except (SyntaxError, ValueError):
-        return {sought}
+        return  # as :func:`_in_file` says
     targets = [target for node in tree.body if isinstance(node, ast.Assign) for target in node.targets]
-    return {target.id for target in targets if isinstance(target, ast.Name)}
+    if sought in {target.id for target in targets if isinstance(target, ast.Name)}:
+        return
+    if sought in _bound(tree) or not {"*", "__getattr__"}.isdisjoint(_bound(tree)):
+        yield Finding("differs", f"{what}: Shoal loads it, flwr itself wants '{sought} = …' at top level", where)
+    else:
+        yield Finding("not supported", f"{what}: its module has no {sought!r}", where)
 
 
-def _in_file(file: Path, name: str) -> Iterator[Finding]:
+def _bound(tree: ast.AST) -> set[str]:
+    """All names that are given to anything in a module, at its top or not; ``*`` for what that brings."""
+    found = set[str]()
+    for node in ast.walk(tree):
+        match node:
+            case ast.Name(id=name, ctx=ast.Store()):
+                found.add(name)
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+                found.add(name)
+            case ast.Import(names=names) | ast.ImportFrom(names=names):
+                found |= {alias.asname or alias.name.partition(".")[0] for alias in names}
+    return found
+
+
+def _own_modules(app: FlowerApp) -> set[str]:
+    return {path.stem for path in app.path.glob("*.py")} | {path.name for path in app.path.iterdir() if path.is_dir()}
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _missing(tree: ast.Module, own: Collection[str], name: str) -> Iterator[Finding]:
+    """Imports that every load makes: not those in functions, nor those that a ``try`` expects to fail."""
+    for node in tree.body:
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        else:
+            modules = [node.module] if isinstance(node, ast.ImportFrom) and node.module and not node.level else []
+        for module in {module.partition(".")[0] for module in modules}:
+            if module not in own and not _is_installed(module):
+                yield Finding("not supported", f"the package {module}: it is not installed", f"{name}:{node.lineno}")
+
+
+def _in_file(file: Path, name: str, own: Collection[str]) -> Iterator[Finding]:
     try:
         tree = ast.parse(file.read_bytes(), filename=str(file))
     except (SyntaxError, ValueError) as error:  # ValueError: it holds a null byte
         line = getattr(error, "lineno", None) or 1
         yield Finding("not supported", f"{name} is no Python ({getattr(error, 'msg', error)})", f"{name}:{line}")
         return
-    homes = _imports(tree)
-    for line, used in homes:
+    yield from _missing(tree, own, name)
+    for line, used in _imports(tree):
         yield from _judged(used, f"{name}:{line}")
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and ast.unparse(node).endswith("context.state"):

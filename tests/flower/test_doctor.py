@@ -45,6 +45,43 @@ def test_what_is_not_supported(tmp_path: Path) -> None:
     assert {json.loads(line)["verdict"] for line in lines} == {"runs"}
 
 
+def app_of(folder: Path, old: str, new: str) -> Path:
+    """Of :mod:`legacy`'s files, with a change."""
+    shutil.copytree(APPS / "legacy", folder)
+    for file in folder.iterdir():
+        if file.is_file():
+            file.write_text(file.read_text().replace(old, new))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ('"app:server"', '"app:sever"', "ServerApp app:sever: its module has no 'sever'"),
+        ('"app:client"', '"apps:client"', "ClientApp apps:client: there is no module 'apps'"),
+        ('"app:client"', '"app.x:client"', "ClientApp app.x:client: there is no module 'app.x'"),
+        ("import numpy", "import nummpy", "the package nummpy: it is not installed"),
+    ],
+)
+def test_what_cannot_be_loaded(old: str, new: str, told: str, tmp_path: Path) -> None:
+    found = said(app_of(tmp_path / "app", old, new))
+
+    assert found[told] == "not supported"
+    assert list(found.values()).count("not supported") == 1
+
+
+def test_what_may_be_missing(tmp_path: Path) -> None:
+    """What a ``try`` expects to fail, what only a function imports, and what is in the folder."""
+    folder = app_of(tmp_path / "app", "import numpy", "import task, package.inner\nimport numpy")
+    (folder / "package").mkdir()
+    (folder / "package" / "inner.py").touch()
+    (folder / "task.py").write_text(
+        "from . import x\ntry:\n    import nummpy\nexcept ImportError:\n    nummpy = None\ndef f():\n    import panda\n"
+    )
+
+    assert "not supported" not in said(folder).values()
+
+
 @pytest.mark.parametrize(
     ("content", "why"),
     [
