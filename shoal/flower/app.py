@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 import tomllib
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -120,12 +121,21 @@ class FlowerApp:
         except Exception as error:
             raise ExperimentError(
                 f"{reference!r} of the app in {self.path} cannot be loaded: {type(error).__name__}: {error}"
+                f"{self._place(error)}"
             ) from error
         if not isinstance(found, kind):
             raise ExperimentError(
                 f"{reference!r} of the app in {self.path} is a {type(found).__name__}, not a {kind.__name__}"
             )
         return found
+
+    def _place(self, error: Exception) -> str:
+        """`` (module.py:3)``: the innermost place in the app that an error comes from; empty if it is none of it."""
+        places = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+        if isinstance(error, SyntaxError):
+            places.append((error.filename or "", error.lineno))
+        own = [(Path(name), line) for name, line in places if Path(name).is_relative_to(self.path)]
+        return f" ({own[-1][0].relative_to(self.path)}:{own[-1][1]})" if own else ""
 
     @property
     def hash(self) -> str:

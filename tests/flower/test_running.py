@@ -106,6 +106,27 @@ def test_an_app_that_is_none(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("import nummpy", r"ModuleNotFoundError: No module named 'nummpy' \(parts/task.py:2\)$"),
+        ("x = undefined + 1", r"NameError: name 'undefined' is not defined \(parts/task.py:2\)$"),
+        ("def f(:", r"SyntaxError: .* \(parts/task.py:2\)$"),
+        ("import json; json.loads('{')", r"JSONDecodeError: .* \(parts/task.py:2\)$"),
+    ],
+)
+def test_an_app_that_cannot_be_loaded_is_told_with_the_place(line: str, said: str, tmp_path: Path) -> None:
+    folder = tmp_path / "app"
+    shutil.copytree(APPS / "stateful", folder)
+    (folder / "parts").mkdir()
+    (folder / "parts" / "task.py").write_text(f"# what is wrong\n{line}\n")
+    app = folder / "app.py"
+    app.write_text(app.read_text().replace("import numpy", "import parts.task\nimport numpy", 1))
+    with pytest.raises(ExperimentError, match=said):
+        run(folder, workers=0, out=tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
 DRAWING = """
 import random
 
