@@ -222,6 +222,11 @@ def _override(config: dict[str, Scalar], overrides: Sequence[str] | Mapping[str,
             raise ExperimentError(f"unknown key {key!r} of the app's config{nearest(key, config)}")
         if not isinstance(value, Scalar):
             raise ExperimentError(f"key {key!r} is {value!r}; give text, a number or a boolean")
+        if isinstance(value, str) and not isinstance(config[key], str) and f"{key}={value}" in overrides:
+            raise ExperimentError(  # text in quotes is meant as such
+                f"key {key!r} of the app's config is {config[key]!r}, and {value!r} is text; several changes are "
+                f"arguments of their own (a=1 b=2), and text that is meant has quotes ({key}='\"…\"')"
+            )
     return config | changes
 
 

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from shoal import resume
 from shoal.cli import app as command
-from shoal.flower import run
+from shoal.flower import FlowerApp, run
 from shoal.flower.keep import read_arrays
 from shoal.progress import Silent
 from shoal.protos.errors import ExperimentError, RunError
@@ -85,6 +85,11 @@ def test_overrides(play: Play, tmp_path: Path) -> None:
         run(APPS / "configured", ["model.scal=2"], out=tmp_path)
     with pytest.raises(ExperimentError, match="not of the form key=value"):
         run(APPS / "configured", ["model.scale"], out=tmp_path)
+    for wrong in ("model.scale=big", "count=1 text=b", "flag=yes"):
+        with pytest.raises(ExperimentError, match=r"of the app's config is .* is text; several changes"):
+            run(APPS / "configured", [wrong], out=tmp_path)
+    assert FlowerApp.read(APPS / "configured", ['count="1"']).config["count"] == "1"
+    assert FlowerApp.read(APPS / "configured", {"count": "many"}).config["count"] == "many"
     assert not list(tmp_path.glob("0*"))
 
 
