@@ -162,6 +162,18 @@ def test_resume_makes_a_run_longer(shoal: Shoal) -> None:
     assert [json.loads(line)["round"] for line in lines] == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("left", [None, "name = ", "\x00"])
+def test_a_run_whose_experiment_is_gone_is_one_clear_sentence(shoal: Shoal, left: str | None) -> None:
+    shoal("simulate", "tiny.toml", "--workers", "0")
+    kept = Path("runs/0001-tiny/experiment.toml")
+    kept.unlink()
+    if left is not None:
+        kept.write_text(left)
+    code, _, err = shoal("resume", "runs/1")
+
+    assert code == 2 and re.fullmatch(r"shoal: .*experiment.toml cannot be read .* start it anew\n", err)
+
+
 def test_a_run_with_a_client_of_the_users_own_resumes(shoal: Shoal) -> None:
     shoal("simulate", "tiny.toml", "client=mine.py:Raises", "quorum=0.1", "--workers", "0")
     code, out, err = shoal("resume", "runs/1", "--rounds", "3")
