@@ -130,7 +130,7 @@ def _run(composition: Composition, folder: Path) -> Recorder:
 
     with closing(Serving(Address("127.0.0.1", 0), None, service=service)) as serving:
         words = ["client", "--connect", str(serving.address), "--insecure", "--once", "--state", str(folder / "state")]
-        words += ["--data", str(ROOT / "examples" / "five.toml"), "--simulate", str(CLIENTS)]
+        words += ["--data", str(ROOT / "examples" / "five.toml"), "--simulate", str(CLIENTS), "--workers", "1"]
         with subprocess.Popen([sys.executable, "-c", CLIENT, *words], stdout=subprocess.DEVNULL) as clients:
             terms = Terms("a-run", experiment.assignment(data).encode(), experiment.strategy, composition.initial)
             fleet = RemoteFleet(serving, terms, Journal(folder), data.clients)

@@ -47,7 +47,8 @@ name = "{strategy}"
 clients_every = {clients_every}
 """
 
-# A client whose training waits at a gate: a pipe that the test opens.
+# A client whose training waits at a gate: a pipe that the test opens. It has no optimizer of PyTorch's, the first of
+# which takes each process a second.
 GATED = """
 import torch
 import shoal
@@ -57,9 +58,13 @@ class Gated(shoal.Client):
         if work.client == "b" and work.round == 2:
             print("client b is at the gate", flush=True)
             open("gate").close()
-        optimizer = torch.optim.SGD(work.model.parameters(), lr=0.1)
         for x, y in work.batches():
-            work.step(torch.nn.functional.cross_entropy(work.model(x), y), optimizer)
+            work.model.zero_grad()
+            torch.nn.functional.cross_entropy(work.model(x), y).backward()
+            work.correct(lr=0.1)
+            with torch.no_grad():
+                for weight in work.model.parameters():
+                    weight -= 0.1 * weight.grad
 
 class Broken(shoal.Client):
     def fit(self, work):
@@ -110,6 +115,11 @@ def crowd(start: Start, server: Process, folder: Path, count: int = 3, *more: st
     return start("client", "--connect", server.address, "--insecure", "--data", folder, "--once", *host, *more)
 
 
+def apart(shards: Path) -> Path:
+    """The shard of b, for a process of its own: a crowd in the folder plays the others."""
+    return (shards / "b.npz").rename(shards.parent / "b.npz")
+
+
 def bits(run: shoal.Run) -> tuple[bytes, str, str]:
     """The final model and everything that was recorded but time."""
     timeless = [name for name in run.metrics.columns if "seconds" not in name]
@@ -122,43 +132,34 @@ def simulated(path: Path, out: str = "simulated") -> shoal.Run:
 
 @pytest.mark.slow
 def test_every_strategy_ends_with_the_bits_of_a_simulation(start: Start, shards: Path) -> None:
+    """Hosted and real clients are one population."""
     names = registry.names("shoal.strategies")
     files = [write(shards.parent, name, rounds=2, model='name = "mlp"\nnorm = true') for name in names]
     server = serve(start, *files)  # one after the other, on the same clients
-    clients = [join(start, server, shards / f"{name}.npz") for name in CLIENTS]
-
-    assert server.wait() == 0, server.text
-    assert [client.wait() for client in clients] == [0, 0, 0]
-    for number, path in enumerate(files, 1):
-        assert bits(shoal.Run(f"runs/{number}")) == bits(simulated(path)), path
-
-
-@pytest.mark.slow
-def test_hosted_and_real_clients_are_one_population(start: Start, shards: Path) -> None:
-    server = serve(start, write(shards.parent))
     hosted = crowd(start, server, shards, 2, "--skip", "1")
     alone = join(start, server, shards / "a.npz")
 
     assert (server.wait(), hosted.wait(), alone.wait()) == (0, 0, 0), server.text
-    assert bits(shoal.Run("runs/1")) == bits(simulated(shards.parent / "fedavg.toml"))
+    for number, path in enumerate(files, 1):
+        assert bits(shoal.Run(f"runs/{number}")) == bits(simulated(path)), path
 
 
 @pytest.mark.slow
 @pytest.mark.fault(2)
 def test_a_client_killed_in_a_round_and_started_again_leaves_no_trace(start: Start, shards: Path) -> None:
     path = write(shards.parent, "scaffold", more=GATE)
-    server = serve(start, path)
+    server, shard = serve(start, path), apart(shards)
     allowed = ("--allow", "gated.py:Gated")
-    others = [join(start, server, shards / f"{name}.npz", *allowed) for name in "ac"]
-    killed = join(start, server, shards / "b.npz", *allowed)
+    others = crowd(start, server, shards, 2, *allowed)
+    killed = join(start, server, shard, *allowed)
     killed.wait_for("at the gate")
     killed.kill()
     server.wait_for("client 'b' left")
-    again = join(start, server, shards / "b.npz", *allowed)
+    again = join(start, server, shard, *allowed)
     again.wait_for("at the gate")
     (shards.parent / "gate").open("w").close()
 
-    assert [process.wait() for process in (server, again, *others)] == [0, 0, 0, 0], server.text
+    assert [process.wait() for process in (server, again, others)] == [0, 0, 0], server.text
     gate = os.open("gate", os.O_RDWR)  # opened at both ends: nobody waits there
     expected = simulated(path)
     os.close(gate)
@@ -169,15 +170,16 @@ def test_a_client_killed_in_a_round_and_started_again_leaves_no_trace(start: Sta
 @pytest.mark.slow
 @pytest.mark.fault(24)
 def test_a_client_that_never_answers_costs_one_deadline(start: Start, shards: Path) -> None:
-    path = write(shards.parent, more=f"deadline = 12\nquorum = 0.6\n{GATE}", clients_every=0)
-    server = serve(start, path)
-    hosted = crowd(start, server, shards, 3, "--allow", "gated.py:Gated", "--workers", "2")
+    path = write(shards.parent, more=f"deadline = 6\nquorum = 0.6\n{GATE}", clients_every=0)
+    server, shard = serve(start, path), apart(shards)
+    allowed = ("--allow", "gated.py:Gated")
+    hosted, hangs = crowd(start, server, shards, 2, *allowed), join(start, server, shard, *allowed)
 
-    assert (server.wait(), hosted.wait()) == (0, 0), server.text + hosted.text
+    assert (server.wait(), hosted.wait(), hangs.wait()) == (0, 0, 0), server.text + hosted.text
     run = shoal.Run("runs/1")
     assert run.metrics["counted"].to_list()[1:3] == [3, 2]
     assert run.failures["reason"].to_list()[0] == "client 'b' did not answer before the deadline"
-    assert 12 <= run.metrics["train_seconds"][2] < 24
+    assert 6 <= run.metrics["train_seconds"][2] < 12
 
 
 @pytest.mark.slow
@@ -273,15 +275,12 @@ def audited(run: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)  # seven processes, on a machine that does other things too
+@pytest.mark.timeout(300)  # five processes, on a machine that does other things too
 def test_whenever_a_server_is_killed_the_audit_log_has_one_line_a_round(start: Start, shards: Path) -> None:
     path = write(shards.parent, "scaffold", clients_every=0)
-    whole = serve(start, path, more=("--out", "whole"))
-    assert (crowd(start, whole, shards).wait(), whole.wait()) == (0, 0), whole.text
-
     with socket.create_server(("127.0.0.1", 0)) as free:
         listen = f"127.0.0.1:{free.getsockname()[1]}"
-    command = ("server", path, "--listen", listen, "--insecure", "--heartbeat", 1)
+    command = ("server", path, path, "--listen", listen, "--insecure", "--heartbeat", 1)  # the second: undisturbed
     log, round = Path("runs/0001-tiny/audit.jsonl"), Path("runs/0001-tiny/round/journal.sqlite")
     amid = start(*command, until=("taken", 2))  # of three answers
     hosted = crowd(start, amid, shards)
@@ -297,7 +296,7 @@ def test_whenever_a_server_is_killed_the_audit_log_has_one_line_a_round(start: S
     last = start(*command)
     assert (last.wait(), hosted.wait()) == (0, 0), last.text
 
-    assert audited("runs/0001-tiny") == audited("whole/0001-tiny")
+    assert audited("runs/0001-tiny") == audited("runs/0002-tiny")
     assert audit(Path("runs/1")).problem is None
     nonces = {told["nonce"] for told in json.loads(lines[0])["clients"]}
     assert len(taken) == 2 and set(taken) < nonces

@@ -83,7 +83,7 @@ def traces(rows: np.ndarray) -> Iterator[bytes]:
 def test_no_example_leaves_a_client(start: Start, tmp_path: Path) -> None:
     server = start("server", FIVE, "rounds=2", "--listen", "127.0.0.1:0", "--insecure", "--wait-for", 5)
     tap = Tap(Address.parse(server.address))
-    hosted = ("--simulate", 5, "--once", "--state", tmp_path / "state")
+    hosted = ("--simulate", 5, "--workers", 1, "--once", "--state", tmp_path / "state")
     clients = start("client", "--connect", tap.address, "--insecure", "--data", FIVE, *hosted)
 
     assert (server.wait(), clients.wait()) == (0, 0), server.text + clients.text

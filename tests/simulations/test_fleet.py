@@ -55,8 +55,13 @@ class Troubled(Client):
             return {"mine": float("nan")}
         if act == "print":
             print("to standard output, which is the pipe of a worker")
-        optimizer = torch.optim.SGD(work.model.parameters(), lr=0.1)
-        work.step(nn.functional.cross_entropy(work.model(work.data.x), work.data.y), optimizer)
+        # Without an optimizer of PyTorch's, the first of which takes each process a second.
+        work.model.zero_grad()
+        nn.functional.cross_entropy(work.model(work.data.x), work.data.y).backward()
+        work.correct(lr=0.1)
+        with torch.no_grad():
+            for weight in work.model.parameters():
+                weight -= 0.1 * weight.grad
         return None
 
 
@@ -115,7 +120,7 @@ def test_a_worker_that_dies_costs_one_client(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_client_that_never_answers_costs_one_deadline(tmp_path: Path) -> None:
-    run = simulate(tmp_path, {"20": "hang"}, workers=2, rounds=1, deadline=8.0)
+    run = simulate(tmp_path, {"20": "hang"}, workers=2, rounds=1, deadline=5.0)
 
     assert run.failures.client.tolist() == ["20"]
     assert run.failures.reason[0] == "client '20' did not answer before the deadline"
@@ -146,12 +151,12 @@ def test_a_client_whose_data_raises_fails_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(35)
 def test_clients_that_hang_cost_one_deadline_together(tmp_path: Path) -> None:
     """Every worker hangs: whoever had to wait for them has failed too, at the same deadline."""
     everyone = {str(i): "hang" for i in range(N)}
     with pytest.raises(RoundError, match="round 1 has 0 of 40 updates"):
-        simulate(tmp_path, everyone, workers=2, deadline=4.0, rounds=1)  # twenty deadlines would not end in time
+        simulate(tmp_path, everyone, workers=2, deadline=2.0, rounds=1)  # twenty deadlines would not end in time
 
 
 class Where(Client):
