@@ -170,7 +170,7 @@ def test_a_client_killed_in_a_round_and_started_again_leaves_no_trace(start: Sta
 @pytest.mark.slow
 @pytest.mark.fault(24)
 def test_a_client_that_never_answers_costs_one_deadline(start: Start, shards: Path) -> None:
-    path = write(shards.parent, more=f"deadline = 6\nquorum = 0.6\n{GATE}", clients_every=0)
+    path = write(shards.parent, more=f"deadline = 8\nquorum = 0.6\n{GATE}", clients_every=0)
     server, shard = serve(start, path), apart(shards)
     allowed = ("--allow", "gated.py:Gated")
     hosted, hangs = crowd(start, server, shards, 2, *allowed), join(start, server, shard, *allowed)
@@ -179,7 +179,7 @@ def test_a_client_that_never_answers_costs_one_deadline(start: Start, shards: Pa
     run = shoal.Run("runs/1")
     assert run.metrics["counted"].to_list()[1:3] == [3, 2]
     assert run.failures["reason"].to_list()[0] == "client 'b' did not answer before the deadline"
-    assert 6 <= run.metrics["train_seconds"][2] < 12
+    assert 8 <= run.metrics["train_seconds"][2] < 16
 
 
 @pytest.mark.slow

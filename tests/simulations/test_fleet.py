@@ -120,7 +120,7 @@ def test_a_worker_that_dies_costs_one_client(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_client_that_never_answers_costs_one_deadline(tmp_path: Path) -> None:
-    run = simulate(tmp_path, {"20": "hang"}, workers=2, rounds=1, deadline=5.0)
+    run = simulate(tmp_path, {"20": "hang"}, workers=2, rounds=1, deadline=6.0)
 
     assert run.failures.client.tolist() == ["20"]
     assert run.failures.reason[0] == "client '20' did not answer before the deadline"
