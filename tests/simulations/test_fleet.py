@@ -61,7 +61,8 @@ class Troubled(Client):
         work.correct(lr=0.1)
         with torch.no_grad():
             for weight in work.model.parameters():
-                weight -= 0.1 * weight.grad
+                assert weight.grad is not None
+                weight.sub_(0.1 * weight.grad)
         return None
 
 
