@@ -26,8 +26,9 @@ def test_what_the_apps_use() -> None:
     assert said(APPS / "legacy")["the strategy FedAvgM"] == "runs"
     assert "its runs cannot be resumed" in " ".join(what for what, v in said(APPS / "legacy").items() if v == "differs")
     assert said(APPS / "stateful")["state of nodes, kept from message to message and across a resume"] == "runs"
-    for path in APPS.glob("*/pyproject.toml"):
-        assert "not supported" not in said(path.parent).values()
+    for path in APPS.glob("*/pyproject.toml"):  # scikit-learn and XGBoost, which two of them use, may be missing
+        wrong = [what for what, verdict in said(path.parent).items() if verdict == "not supported"]
+        assert all(what.endswith("it is not installed") for what in wrong), wrong
 
 
 def test_what_is_not_supported(tmp_path: Path) -> None:
