@@ -26,6 +26,7 @@ import json
 import math
 import os
 import re
+import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
@@ -203,6 +204,17 @@ class RunFolder(Callback):
             return dict(json.loads((self.path / name).read_text(encoding="utf-8")))
         except (OSError, ValueError) as error:
             raise RunError(f"{self.path / name} cannot be read ({error}); the run folder is incomplete") from error
+
+    def experiment(self) -> str:
+        """The experiment as it ran, in TOML; RunError if it is gone or damaged."""
+        file = self.path / "experiment.toml"
+        try:
+            kept = file.read_text(encoding="utf-8")
+            tomllib.loads(kept)
+        except (OSError, ValueError) as error:
+            why = f"{file} cannot be read ({error})"
+            raise RunError(f"{why}; without it the run cannot go on: start it anew") from error
+        return kept
 
     def latest(self) -> Checkpoint | None:
         """The newest undamaged checkpoint."""

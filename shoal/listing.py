@@ -37,8 +37,8 @@ def _standing(folder: RunFolder) -> dict[str, Any]:
 def _settings(folder: RunFolder) -> dict[str, Any]:
     """The experiment's, by dotted keys; empty if its file cannot be read."""
     try:
-        return _dotted(tomllib.loads((folder.path / "experiment.toml").read_text(encoding="utf-8")))
-    except (OSError, ValueError):
+        return _dotted(tomllib.loads(folder.experiment()))
+    except RunError:
         return {}
 
 

@@ -70,7 +70,7 @@ def complete(experiment: Experiment, path: Path, *, engine: str, workers: int) -
         with closing(RunFolder(path)) as folder:
             _claim_soon(folder)
             try:
-                return _resume(folder, _kept(folder), experiment, None, display("none"))
+                return _resume(folder, experiment, None, display("none"))
             except RunError as error:
                 print(f"{path} is begun anew: {error}", file=sys.stderr)
                 shutil.rmtree(path)
@@ -146,21 +146,9 @@ def resume(
         if folder.has("comparison.toml"):
             raise RunError(f"{folder.path} is a comparison; the command that began it goes on with it")
         folder.claim()
-        kept = _kept(folder)
-        if folder.has("summary.json") and "flower" in tomllib.loads(kept):
+        if folder.has("summary.json") and "flower" in tomllib.loads(folder.experiment()):
             return _resume_flower(folder, rounds, show)
-        return _resume(folder, kept, experiment, rounds, show)
-
-
-def _kept(folder: RunFolder) -> str:
-    """The experiment's text; RunError if it is gone or damaged."""
-    file = folder.path / "experiment.toml"
-    try:
-        kept = file.read_text(encoding="utf-8")
-        tomllib.loads(kept)
-    except (OSError, ValueError) as error:
-        raise RunError(f"{file} cannot be read ({error}); without it the run cannot go on: start it anew") from error
-    return kept
+        return _resume(folder, experiment, rounds, show)
 
 
 def _resume_flower(folder: RunFolder, rounds: int | None, show: Display) -> Run:
@@ -171,7 +159,8 @@ def _resume_flower(folder: RunFolder, rounds: int | None, show: Display) -> Run:
     return resume(folder, show)
 
 
-def _resume(folder: RunFolder, kept: str, experiment: Experiment | None, rounds: int | None, show: Display) -> Run:
+def _resume(folder: RunFolder, experiment: Experiment | None, rounds: int | None, show: Display) -> Run:
+    kept = folder.experiment()
     experiment = _kept_experiment(folder, kept) if experiment is None else experiment
     experiment = experiment if rounds is None else replace(experiment, rounds=rounds)
     _check_same(kept, experiment.toml())

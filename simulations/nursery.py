@@ -191,14 +191,16 @@ class _Forked:
     def poll(self) -> int | None:
         with self._asking:
             if self._code is None:
-                try:
-                    answer = self._nursery.ask(f"poll {self.pid}")
-                except _Lost:  # nobody knows how it ended, but nobody keeps it either
-                    self.kill()
-                    self._code = -signal.SIGKILL
-                else:
-                    self._code = int(answer) if answer != "alive" else None
+                self._code = self._asked()
             return self._code
+
+    def _asked(self) -> int | None:
+        try:
+            answer = self._nursery.ask(f"poll {self.pid}")
+        except _Lost:  # nobody knows how it ended, but nobody keeps it either
+            self.kill()
+            return -signal.SIGKILL
+        return int(answer) if answer != "alive" else None
 
     def wait(self) -> int:
         pause = 0.0005

@@ -122,7 +122,9 @@ def runs(out: Out = Path("runs"), as_json: AsJson = False) -> None:
     for row in rows:
         last = [f"{k.removeprefix('test_')} {v:.4f}" for k, v in row.get("last", {}).items() if "test_" in k]
         differs = [f"{key}={value}" for key, value in row["differs"].items()]
-        shown = "  ".join([*last, *differs[:MOST], *["…"][: len(differs) > MOST]])
+        if len(differs) > MOST:
+            differs[MOST:] = ["…"]
+        shown = "  ".join([*last, *differs])
         print(f"{row['run']:{width}}  {row['status']:11}  {row.get('rounds', '?'):>4} rounds  {shown}".rstrip())
 
 

@@ -52,12 +52,7 @@ def simulate(
     if not isinstance(experiment, Experiment):
         raise ExperimentError(f"{experiment!r} is no experiment; shoal.Experiment.from_file(PATH) reads one")
     if not isinstance(strategy, Strategy | LegacyStrategy):
-        name, why = getattr(strategy, "__name__", type(strategy).__name__), "is no strategy of Flower's"
-        if isinstance(strategy, type):
-            why = f"is a class; give an object: {name}(…)"
-        elif isinstance(strategy, Own):
-            why += ", it is Shoal's; give it to the experiment, and call experiment.simulate()"
-        raise ExperimentError(f"{name} {why}")
+        raise ExperimentError(_no_strategy(strategy))
     if not isinstance(experiment.strategy, FedAvg):
         raise ExperimentError("the strategy is Flower's here; leave the experiment's own at FedAvg")
     composition = Composition(experiment)
@@ -66,6 +61,16 @@ def simulate(
     assert composition.data is not None
     play = Play(app, len(composition.data.clients), experiment.seed, cores() if workers is None else workers)
     return played(play, Path(out), progress)
+
+
+def _no_strategy(given: object) -> str:
+    """What is wrong with something that is no strategy of Flower's."""
+    if isinstance(given, type):
+        return f"{given.__name__} is a class; give an object: {given.__name__}(…)"
+    wrong = f"{type(given).__name__} is no strategy of Flower's"
+    if isinstance(given, Own):
+        return f"{wrong}, it is Shoal's; give it to the experiment, and call experiment.simulate()"
+    return wrong
 
 
 @dataclass(frozen=True)

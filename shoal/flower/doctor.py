@@ -6,7 +6,7 @@ The app's code is read, not run; only its ServerApp and ClientApp are looked up,
 from __future__ import annotations
 
 import ast
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -68,40 +68,55 @@ class Finding:
 def diagnose(path: str | Path) -> list[Finding]:
     """What the app in this folder uses, in the order of its files; ExperimentError if it is no app."""
     app = FlowerApp.read(path)
-    found, own = list(_named_apps(app)), _own_modules(app)
-    for file in sorted(app.path.rglob("*.py")):
-        if not any(part.startswith(".") for part in file.relative_to(app.path).parts):
-            found += _in_file(file, str(file.relative_to(app.path)), own)
+    trees, own = {name: _parsed(app.path, name) for name in _files(app.path)}, _own_modules(app.path)
+    found = list(_named_apps(app, trees, own))
+    for name, tree in trees.items():
+        found += [tree] if isinstance(tree, Finding) else _in_file(tree, name, own)
     seen = dict[str, Finding]()
     for finding in found:
         seen.setdefault(finding.what, finding)
     return list(seen.values())
 
 
-def _named_apps(app: FlowerApp) -> Iterator[Finding]:
+def _files(folder: Path) -> list[str]:
+    """Its Python files, by their place in it, without those that are hidden."""
+    places = [file.relative_to(folder) for file in sorted(folder.rglob("*.py"))]
+    return [place.as_posix() for place in places if not any(part.startswith(".") for part in place.parts)]
+
+
+def _parsed(folder: Path, name: str) -> ast.Module | Finding:
+    try:
+        return ast.parse((folder / name).read_bytes(), filename=name)
+    except (SyntaxError, ValueError) as error:  # ValueError: it holds a null byte
+        line = getattr(error, "lineno", None) or 1
+        return Finding("not supported", f"{name} is no Python ({getattr(error, 'msg', error)})", f"{name}:{line}")
+
+
+def _own_modules(folder: Path) -> set[str]:
+    return {path.stem for path in folder.glob("*.py")} | {path.name for path in folder.iterdir() if path.is_dir()}
+
+
+def _named_apps(app: FlowerApp, trees: Mapping[str, ast.Module | Finding], own: Collection[str]) -> Iterator[Finding]:
     """Whether what the pyproject names is there, where flwr finds it too: assigned by name, at the top of a module."""
     for kind, reference in (("ServerApp", app.server), ("ClientApp", app.client)):
         module, _, attribute = reference.partition(":")
-        steps = module.split(".")
-        files = [app.path.joinpath(*steps).with_suffix(".py"), app.path.joinpath(*steps, "__init__.py")]
-        file = next((file for file in files if file.is_file()), None)
+        place, top = module.replace(".", "/"), module.partition(".")[0]
+        file = next((file for file in (f"{place}.py", f"{place}/__init__.py") if file in trees), None)
         if file is not None:
-            yield from _named_in(file, f"{kind} {reference}", attribute.split(".")[0], str(file.relative_to(app.path)))
-        elif steps[0] in _own_modules(app) or not _is_installed(steps[0]):
+            tree = trees[file]
+            if isinstance(tree, ast.Module):  # that it is none is told of the file
+                yield from _named_in(tree, f"{kind} {reference}", attribute.partition(".")[0], file)
+        elif top in own or not _is_installed(top):
             yield Finding("not supported", f"{kind} {reference}: there is no module {module!r}", "pyproject.toml")
         else:
             yield Finding("differs", f"{kind} {reference}: its module is not in the folder but an installed one", "")
 
 
-def _named_in(file: Path, what: str, sought: str, where: str) -> Iterator[Finding]:
-    try:
-        tree = ast.parse(file.read_bytes())
-    except (SyntaxError, ValueError):
-        return  # as :func:`_in_file` says
+def _named_in(tree: ast.Module, what: str, sought: str, where: str) -> Iterator[Finding]:
     targets = [target for node in tree.body if isinstance(node, ast.Assign) for target in node.targets]
     if sought in {target.id for target in targets if isinstance(target, ast.Name)}:
         return
-    if sought in _bound(tree) or not {"*", "__getattr__"}.isdisjoint(_bound(tree)):
+    if not {sought, "*", "__getattr__"}.isdisjoint(_bound(tree)):
         yield Finding("differs", f"{what}: Shoal loads it, flwr itself wants '{sought} = …' at top level", where)
     else:
         yield Finding("not supported", f"{what}: its module has no {sought!r}", where)
@@ -119,10 +134,6 @@ def _bound(tree: ast.AST) -> set[str]:
             case ast.Import(names=names) | ast.ImportFrom(names=names):
                 found |= {alias.asname or alias.name.partition(".")[0] for alias in names}
     return found
-
-
-def _own_modules(app: FlowerApp) -> set[str]:
-    return {path.stem for path in app.path.glob("*.py")} | {path.name for path in app.path.iterdir() if path.is_dir()}
 
 
 def _is_installed(module: str) -> bool:
@@ -144,13 +155,7 @@ def _missing(tree: ast.Module, own: Collection[str], name: str) -> Iterator[Find
                 yield Finding("not supported", f"the package {module}: it is not installed", f"{name}:{node.lineno}")
 
 
-def _in_file(file: Path, name: str, own: Collection[str]) -> Iterator[Finding]:
-    try:
-        tree = ast.parse(file.read_bytes(), filename=str(file))
-    except (SyntaxError, ValueError) as error:  # ValueError: it holds a null byte
-        line = getattr(error, "lineno", None) or 1
-        yield Finding("not supported", f"{name} is no Python ({getattr(error, 'msg', error)})", f"{name}:{line}")
-        return
+def _in_file(tree: ast.Module, name: str, own: Collection[str]) -> Iterator[Finding]:
     yield from _missing(tree, own, name)
     for line, used in _imports(tree):
         yield from _judged(used, f"{name}:{line}")

@@ -161,7 +161,7 @@ class Play:
     @classmethod
     def read(cls, folder: RunFolder) -> Play:
         """The inverse of :meth:`toml`, with the app as it is now."""
-        kept = tomllib.loads((folder.path / "experiment.toml").read_text(encoding="utf-8"))
+        kept = tomllib.loads(folder.experiment())
         flower = kept["flower"]
         app, ray = FlowerApp.read(flower["app"], flower["config"]), flower.get("ray", False)
         return cls(app, flower["nodes"], kept["seed"], flower.get("workers"), ray, flower.get("ray_address"))

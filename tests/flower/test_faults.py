@@ -37,6 +37,13 @@ def without(client: int, rounds: Collection[int]) -> np.ndarray:
     return w
 
 
+def query(node: Context) -> Turn:
+    """A message without a content to this node."""
+    message = Message(RecordDict(), node.node_id, "query")
+    name_message(message, f"{node.node_id}")
+    return Turn(message.metadata, node, 0)
+
+
 WAYS = [
     ("raise", 0, "ValueError: no data today"),
     ("exit", 0, "SystemExit: 3"),
@@ -135,12 +142,7 @@ def test_who_shares_a_call_with_a_client_that_hangs_begins_again() -> None:
         def ask(nodes: Sequence[int], content: RecordDict) -> list[Future[Answer]]:
             published = stage.publish(content)
             with stage.together():
-                return [stage.submit(turn(node), published) for node in nodes]
-
-        def turn(node: int) -> Turn:
-            message = Message(RecordDict(), node, "query")
-            name_message(message, f"{node}")
-            return Turn(message.metadata, context(1, node, {}, {}), 0)
+                return [stage.submit(query(context(1, node, {}, {})), published) for node in nodes]
 
         for node in range(20):
             assert not ask([node], RecordDict())[0].result(timeout=60).reason
@@ -170,14 +172,9 @@ def test_what_a_client_writes_into_its_configs_reaches_no_other_and_does_not_sta
     identify(1)
     nodes = [context(1, node, {"place": node}, shared) for node in (1, 2)]
 
-    def turn(about: Context) -> Turn:
-        message = Message(RecordDict(), about.node_id, "query")
-        name_message(message, f"{about.node_id}")
-        return Turn(message.metadata, about, 0)
-
     def ask(stage: Stage) -> list[Answer]:
         with stage.together():
-            futures = [stage.submit(turn(about), stage.publish(RecordDict())) for about in nodes]
+            futures = [stage.submit(query(about), stage.publish(RecordDict())) for about in nodes]
         return [future.result(timeout=60) for future in futures]
 
     made = Workers(GivenApp(None, app), 1, workers) if workers else InProcess(app)
@@ -204,9 +201,7 @@ def test_a_process_that_the_run_itself_ends_is_not_told_as_lost() -> None:
     stage = Workers(GivenApp(None, app), 1, 1)
     with closing(stage):
         stage.ready()
-        message = Message(RecordDict(), 2, "query")
-        name_message(message, "1")
-        asked = stage.submit(Turn(message.metadata, context(1, 2, {}, {}), 0), stage.publish(message.content))
+        asked = stage.submit(query(context(1, 2, {}, {})), stage.publish(RecordDict()))
 
     assert asked.cancelled()
 
