@@ -146,10 +146,10 @@ class FlowerApp:
         return digest.hexdigest()
 
     def files(self) -> dict[str, bytes]:
-        """The app's pyproject and Python files, by their place in its folder."""
-        files = [path for path in self.path.rglob("*.py") if not any(part.startswith(".") for part in path.parts)]
-        paths = [self.path / "pyproject.toml", *sorted(files)]
-        return {path.relative_to(self.path).as_posix(): path.read_bytes() for path in paths}
+        """The app's pyproject and Python files, by their place in its folder, without those that are hidden in it."""
+        places = [path.relative_to(self.path) for path in sorted(self.path.rglob("*.py"))]
+        shown = [place for place in places if not any(part.startswith(".") for part in place.parts)]
+        return {place.as_posix(): (self.path / place).read_bytes() for place in (Path("pyproject.toml"), *shown)}
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,8 @@ class Finding:
 def diagnose(path: str | Path) -> list[Finding]:
     """What the app in this folder uses, in the order of its files; ExperimentError if it is no app."""
     app = FlowerApp.read(path)
-    trees, own = {name: _parsed(app.path, name) for name in _files(app.path)}, _own_modules(app.path)
+    trees = {name: _parsed(name, content) for name, content in app.files().items() if name.endswith(".py")}
+    own = _own_modules(app.path)
     found = list(_named_apps(app, trees, own))
     for name, tree in trees.items():
         found += [tree] if isinstance(tree, Finding) else _in_file(tree, name, own)
@@ -78,15 +79,9 @@ def diagnose(path: str | Path) -> list[Finding]:
     return list(seen.values())
 
 
-def _files(folder: Path) -> list[str]:
-    """Its Python files, by their place in it, without those that are hidden."""
-    places = [file.relative_to(folder) for file in sorted(folder.rglob("*.py"))]
-    return [place.as_posix() for place in places if not any(part.startswith(".") for part in place.parts)]
-
-
-def _parsed(folder: Path, name: str) -> ast.Module | Finding:
+def _parsed(name: str, content: bytes) -> ast.Module | Finding:
     try:
-        return ast.parse((folder / name).read_bytes(), filename=name)
+        return ast.parse(content, filename=name)
     except (SyntaxError, ValueError) as error:  # ValueError: it holds a null byte
         line = getattr(error, "lineno", None) or 1
         return Finding("not supported", f"{name} is no Python ({getattr(error, 'msg', error)})", f"{name}:{line}")

@@ -132,6 +132,16 @@ def test_an_app_that_cannot_be_loaded_is_told_with_the_place(line: str, said: st
     assert not (tmp_path / "runs").exists()
 
 
+def test_an_apps_files_are_known_wherever_its_folder_lies(tmp_path: Path) -> None:
+    folder = tmp_path / ".hidden" / "app"
+    shutil.copytree(APPS / "stateful", folder)
+    (folder / ".venv").mkdir()
+    (folder / ".venv" / "other.py").touch()
+
+    assert FlowerApp.read(folder).files() == FlowerApp.read(APPS / "stateful").files()
+    assert "app.py" in FlowerApp.read(folder).files()
+
+
 DRAWING = """
 import random
 
